@@ -1,0 +1,260 @@
+"""What torch sees of a layer call: two gradient-free operators, and the autograd Functions around them.
+
+    LayerFunction            forward: rnnkern::layer            backward: LayerGradient
+    LayerGradient            forward: rnnkern::layer_backward   backward: recomputed through reference.py, any number of times
+
+The operators exist for tracers (torch.compile, torch.export, FakeTensor, jit.trace): functional, with shapes known without running.
+In plain eager mode their bodies in layer.py are called directly, and without gradients the Functions are left out too.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnkern import compat, layer, reference
+from rnnkern.backends import compute_dtype
+from rnnkern.cells import CELLS, split_directions
+from rnnkern.layer import Operands, Results, Settings
+
+_library = torch.library.Library("rnnkern", "DEF")
+_OPERANDS = "Tensor x, Tensor h0, Tensor? c0, Tensor?[] weights, Tensor? lengths, Tensor? batch_sizes"
+_SETTINGS = "str cell, str backend, bool batch_major"
+_library.define(f"layer({_SETTINGS}, {_OPERANDS}, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)")
+_library.define(
+    f"layer_backward({_SETTINGS}, {_OPERANDS}, Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, "
+    "Tensor? dy, Tensor? dh_n, Tensor? dc_n, bool[] needs) -> Tensor[]"
+)
+
+
+def _layer(cell: str, backend: str, batch_major: bool, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *operands, save = rest
+    with torch.autocast(x.device.type, enabled=False):
+        return tuple(layer.forward(Settings(cell, backend, batch_major), _operands(x, *operands), save))
+
+
+def _layer_backward(cell: str, backend: str, batch_major: bool, x: Tensor, *rest: Any) -> list[Tensor]:
+    operands, results, grads, needs = rest[:5], rest[5:10], rest[10:13], rest[13]
+    with torch.autocast(x.device.type, enabled=False):
+        return layer.backward(Settings(cell, backend, batch_major), _operands(x, *operands), Results(*results), grads, needs)
+
+
+def _operands(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor | None], *sizes: Tensor | None) -> Operands:
+    return Operands(x, h0, c0, tuple(weights), *sizes)
+
+
+_library.impl("layer", _layer, "CompositeExplicitAutograd")
+_library.impl("layer_backward", _layer_backward, "CompositeExplicitAutograd")
+
+
+def _fake_rows(x: Tensor, shape: tuple[int, ...], lengths: Tensor | None, batch_major: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """What layer.py gives for a row of `shape` in each step and sequence of x."""
+    if x.dim() == 3 and batch_major and lengths is None:
+        return x.new_empty(x.shape[1], x.shape[0], *shape, dtype=dtype).transpose(0, 1)
+    return x.new_empty(*x.shape[:-1], *shape, dtype=dtype)
+
+
+def _fake_state(state: Tensor) -> Tensor:
+    return torch.empty_like(state, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("rnnkern::layer", lib=_library)
+def _layer_fake(
+    cell: str,
+    backend: str,
+    batch_major: bool,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    spec, layer_weights, dtype = CELLS[cell], split_directions(weights), compute_dtype(x.dtype)
+    directions, hidden = len(layer_weights), layer_weights[0].weight_hh.shape[0] // len(spec.gates)
+
+    def saved(blocks: int) -> Tensor:
+        if not (save and blocks):
+            return x.new_empty(0, dtype=dtype)
+        if lengths is not None:
+            return x.new_empty(x.shape[0] * x.shape[1], directions, blocks * hidden, dtype=dtype)
+        return _fake_rows(x, (directions, blocks * hidden), None, batch_major, dtype)
+
+    y = _fake_rows(x, (directions * h0.shape[2],), lengths, batch_major)
+    c_n = x.new_empty(0) if c0 is None else _fake_state(c0)
+    return y, _fake_state(h0), c_n, saved(len(spec.saved)), saved(int(spec.has_c))
+
+
+@torch.library.register_fake("rnnkern::layer_backward", lib=_library)
+def _layer_backward_fake(
+    cell: str,
+    backend: str,
+    batch_major: bool,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    lengths: Tensor | None,
+    *rest: Any,
+) -> list[Tensor]:
+    needs = rest[-1]
+    dx = _fake_rows(x, (x.shape[-1],), lengths, batch_major)
+    of = [dx, *(None if t is None else _fake_state(t) for t in (h0, c0, *weights))]
+    return [gradient for gradient, needed in zip(of, needs, strict=True) if needed and gradient is not None]
+
+
+def _direct(operands: Operands) -> bool:
+    """Whether the body of an operator may be called past the dispatcher."""
+    tensors = (operands.x, operands.h0, operands.c0, *operands.weights, operands.lengths, operands.batch_sizes)
+    return compat.in_plain_eager() and not torch.is_autocast_enabled(operands.x.device.type) and all(
+        compat.is_plain(t) for t in tensors if t is not None
+    )
+
+
+def _forward(settings: Settings, operands: Operands, save: bool) -> Results:
+    if _direct(operands):
+        return layer.forward(settings, operands, save)
+    return Results(*torch.ops.rnnkern.layer(*settings, *operands, save))
+
+
+def _backward(
+    settings: Settings, operands: Operands, results: Results, grads: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor]:
+    if _direct(operands) and all(compat.is_plain(t) for t in (*results, *grads) if t is not None):
+        return layer.backward(settings, operands, results, grads, needs)
+    found: list[Tensor] = torch.ops.rnnkern.layer_backward(*settings, *operands, *results, *grads, needs)
+    return found
+
+
+def _tensors(operands: Operands) -> tuple[Tensor | None, ...]:
+    """Operands as a flat list, those that may carry a gradient (x, h0, c0, weights) last."""
+    return (operands.lengths, operands.batch_sizes, operands.x, operands.h0, operands.c0, *operands.weights)
+
+
+def _from_tensors(tensors: Sequence[Tensor | None]) -> Operands:
+    lengths, batch_sizes, x, h0, c0, *weights = tensors
+    assert x is not None and h0 is not None
+    return Operands(x, h0, c0, tuple(weights), lengths, batch_sizes)
+
+
+def _vmap_loop(function: type[torch.autograd.Function], info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    """The rule for torch.func.vmap: one call for each element, results stacked. A sweep has no batch dimension to lend to weights."""
+    calls = [
+        function.apply(*(arg if dim is None else arg.select(dim, index) for arg, dim in zip(args, in_dims, strict=True)))
+        for index in range(info.batch_size)
+    ]
+    stacked = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+class LayerFunction(torch.autograd.Function):
+    """(y, h_n, c_n, gates, cells) of a layer call; the last two, what backward saves, are returned so that second derivatives see them."""
+
+    @staticmethod
+    def forward(settings: Settings, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(_forward(Settings(*settings), _from_tensors(tensors), save=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        settings, *tensors = inputs
+        ctx.settings = settings
+        ctx.count = len(tensors)
+        _, _, c_n, gates, cells = output
+        has_c = _from_tensors(tensors).c0 is not None
+        ctx.mark_non_differentiable(*((gates, cells) if has_c else (c_n, gates, cells)))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        tensors, results = saved[: ctx.count], Results(*saved[ctx.count :])
+        needs = tuple(ctx.needs_input_grad[3:])
+        nothing = (None,) * (1 + ctx.count)
+        wanted = (grads[0], grads[1], grads[2] if tensors[4] is not None else None)
+        if all(g is None for g in wanted) or not any(needs):
+            return nothing
+        if torch.is_grad_enabled() or compat.in_transform():
+            found = LayerGradient.apply(ctx.settings, needs, *tensors, *results, *wanted)
+        else:
+            found = _backward(Settings(*ctx.settings), _from_tensors(tensors), results, wanted, needs)
+        gradients = iter(found)
+        return (None, None, None, *(next(gradients) if needed else None for needed in needs))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        return _vmap_loop(LayerFunction, info, in_dims, *args)
+
+
+class LayerGradient(torch.autograd.Function):
+    """The gradients that `needs` asks for. Its own derivative is that of the oracle, recomputed from the inputs."""
+
+    @staticmethod
+    def forward(settings: Settings, needs: tuple[bool, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        count = 2 + len(needs)
+        results = Results(*tensors[count : count + 5])  # type: ignore[arg-type]
+        return tuple(_backward(Settings(*settings), _from_tensors(tensors[:count]), results, tensors[count + 5 :], needs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        settings, needs, *tensors = inputs
+        count = 2 + len(needs)
+        ctx.settings, ctx.needs = settings, needs
+        ctx.save_for_backward(*tensors[:count], *tensors[count + 5 :])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        count = 2 + len(ctx.needs)
+        tensors, grads = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        second = _second_derivatives(Settings(*ctx.settings), ctx.needs, tensors, grads, cotangents)
+        return (None, None, *second[:count], *(None,) * 5, *second[count:])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        return _vmap_loop(LayerGradient, info, in_dims, *args)
+
+
+def _second_derivatives(
+    settings: Settings, needs: Sequence[bool], tensors: Sequence[Any], grads: Sequence[Any], cotangents: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The gradients, for `tensors` and `grads`, of the pairing of a layer's gradients with `cotangents`."""
+    sizes, inputs = tensors[:2], list(tensors[2:])
+    variable = [i for i, tensor in enumerate(inputs) if tensor is not None]
+    given = [i for i, grad in enumerate(grads) if grad is not None]
+
+    def outputs(*values: Tensor) -> tuple[Tensor, ...]:
+        filled = list(inputs)
+        for i, value in zip(variable, values, strict=True):
+            filled[i] = value
+        results = _differentiable(settings, _from_tensors((*sizes, *filled)))
+        return tuple(results[i] for i in given)  # type: ignore[misc]
+
+    def gradients(*values: Tensor) -> tuple[Tensor, ...]:
+        _, pullback = torch.func.vjp(outputs, *values[: len(variable)])
+        found = pullback(values[len(variable) :])
+        return tuple(g for i, g in zip(variable, found, strict=True) if needs[i])
+
+    primals = [inputs[i] for i in variable] + [grads[i] for i in given]
+    _, pullback = torch.func.vjp(gradients, *primals)
+    second = iter(pullback(tuple(cotangents)))
+    by_input = {i: next(second) for i in variable}
+    by_grad = {i: next(second) for i in given}
+    return [None, None, *(by_input.get(i) for i in range(len(inputs))), *(by_grad.get(i) for i in range(len(grads)))]
+
+
+def _differentiable(settings: Settings, operands: Operands) -> tuple[Tensor | None, ...]:
+    """(y, h_n, c_n) by the oracle, in operations that torch can differentiate."""
+    prepared, packing = layer.prepare(settings, operands)
+    return layer.finish(operands, packing, reference.forward(prepared, save=False))
+
+
+def apply_layer(settings: Settings, operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y, h_n, c_n) of one layer, differentiable where an operand asks for it; c_n is None for a cell without c."""
+    tensors = _tensors(operands)
+    if compat.in_transform() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        y, h_n, c_n, _, _ = LayerFunction.apply(settings, *tensors)
+    else:
+        y, h_n, c_n, _, _ = _forward(settings, operands, save=False)
+    return y, h_n, None if operands.c0 is None else c_n

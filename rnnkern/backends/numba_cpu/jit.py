@@ -1,0 +1,72 @@
+"""How kernels are compiled and cached.
+
+Numba's cache of a kernel looks at the kernel's own file alone: an edit to a file it imports would be answered by the old machine code. So
+the cache folder carries a hash of every source here and of Numba's version. Kernels are module-level functions, since a closure misses
+the cache. With nothing writable, kernels are compiled anew in each process, which is said once.
+"""
+
+import hashlib
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+
+
+def _source_hash() -> str:
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {sys.version}".encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cache_root() -> Path:
+    """RNNKERN_CACHE_DIR, or rnnkern in the user's cache folder."""
+    if named := os.environ.get("RNNKERN_CACHE_DIR"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "rnnkern"
+
+
+def _usable_folder() -> Path | None:
+    """The folder for this version of the kernels, made if need be; None, with a warning, where it cannot be written."""
+    folder = cache_root() / f"numba-{_source_hash()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f"writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        warnings.warn(
+            f"rnnkern: the kernel cache {folder} is not writable ({error}), so each process compiles its kernels anew; "
+            "set RNNKERN_CACHE_DIR to a folder that is",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return folder
+
+
+CACHE_FOLDER = _usable_folder()
+
+# fmuladd is written where it is wanted, and no other rewriting of floating-point code is allowed: NaN, infinities and order are kept.
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+
+inlined: Callable[..., Any] = numba.njit(forceinline=True, **_OPTIONS)
+# For code so large that one copy of it in a kernel is enough.
+shared: Callable[..., Any] = numba.njit(**_OPTIONS)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Decorates an entry point from Python: compiled at its first call, without the GIL, kept in the cache folder."""
+    dispatcher = numba.njit(**_OPTIONS)(function)
+    if CACHE_FOLDER is not None:
+        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(CACHE_FOLDER)
+        try:
+            dispatcher.enable_caching()
+        finally:
+            numba.config.CACHE_DIR = before
+    return dispatcher

@@ -1,0 +1,132 @@
+"""The matrix tile: rows of A times one packed panel of weights, accumulated in registers, written as LLVM vector code.
+
+A panel is the part of a weight matrix that belongs to some vectors of units (`lanes` units a vector), all gates of them side by side,
+so that a tile's result holds every gate of the units that a cell then needs:
+
+    panel (K, gates, vectors, lanes)     K the reduction: I, H, or G*H in backward
+    a weight packed: panels one behind the other, the last one with as many vectors as are left; units past H are zero
+
+The tile of R rows and V vectors computes C (R, V*lanes) = C0 + A (R, K) @ panel with R*V accumulators. For each k it loads V vectors
+and R scalars for R*V multiply-adds, so R is as large as the registers allow: R*V + V + 1 <= REGISTERS. Each element of C is summed in
+the order of k whatever the tile, so a row's result depends neither on its neighbours nor on how the batch was split over threads.
+"""
+
+from typing import NamedTuple
+
+from llvmlite import ir
+from numba.core import types
+from numba.core.extending import intrinsic
+
+from rnnkern.backends.numba_cpu.jit import shared
+from rnnkern.backends.numba_cpu.vector import (
+    REGISTERS,
+    VECTOR_BYTES,
+    VectorType,
+    ir_scalar,
+    ir_vector,
+    multiply_add,
+    splat,
+)
+
+MAX_VECTORS = 4  # in a panel; more would leave too few rows in the registers
+# The most rows of a tile, by the vectors of its panel. With 16 registers the panel's vectors are read as memory operands.
+MAX_ROWS = (0, 8, 8, 8, 6) if REGISTERS == 32 else (0, 6, 6, 4, 3)
+
+
+class _Operands(NamedTuple):
+    """LLVM values: pointers to bytes, and strides in bytes."""
+
+    a: ir.Value
+    a_row: ir.Value
+    panel: ir.Value
+    depth: ir.Value
+    c0: ir.Value
+    c0_row: ir.Value
+    c: ir.Value
+    c_row: ir.Value
+
+
+def _number(value):
+    return ir.Constant(ir.IntType(64), value)
+
+
+def _emit_tile(builder, vector, rows, vectors, at):
+    """Writes the code of one tile, in three blocks: C0 into registers, the loop over the depth, registers into C."""
+
+    def pointer(base, offset):
+        return builder.bitcast(builder.gep(base, [offset]), ir_vector(vector).as_pointer())
+
+    def load(base, offset):
+        value = builder.load(pointer(base, offset))
+        value.align = item
+        return value
+
+    def offset(row_stride, row, column):
+        return builder.add(builder.mul(row_stride, _number(row)), _number(column * VECTOR_BYTES))
+
+    def element(row, k):
+        at_k = builder.gep(row, [builder.mul(k, _number(item))])
+        return builder.load(builder.bitcast(at_k, ir_scalar(vector.scalar).as_pointer()))
+
+    item = vector.scalar.bitwidth // 8
+    grid = [(row, column) for row in range(rows) for column in range(vectors)]
+    start = {rc: load(at.c0, offset(at.c0_row, *rc)) for rc in grid}
+    a_rows = [builder.gep(at.a, [builder.mul(at.a_row, _number(row))]) for row in range(rows)]
+    entry, body, done = builder.block, builder.append_basic_block("depth"), builder.append_basic_block("write")
+    builder.cbranch(builder.icmp_signed(">", at.depth, _number(0)), body, done)
+
+    builder.position_at_end(body)
+    k = builder.phi(ir.IntType(64))
+    sums = {rc: builder.phi(ir_vector(vector)) for rc in grid}
+    row_of_panel = builder.mul(k, _number(vectors * VECTOR_BYTES))
+    weights = [load(at.panel, builder.add(row_of_panel, _number(column * VECTOR_BYTES))) for column in range(vectors)]
+    elements = [splat(builder, element(a_row, k), vector.lanes) for a_row in a_rows]
+    new = {(row, column): multiply_add(builder, vector, elements[row], weights[column], sums[row, column]) for row, column in grid}
+    following = builder.add(k, _number(1))
+    for phi, first, later in [(k, _number(0), following), *((sums[rc], start[rc], new[rc]) for rc in grid)]:
+        phi.add_incoming(first, entry)
+        phi.add_incoming(later, body)
+    builder.cbranch(builder.icmp_signed("<", following, at.depth), body, done)
+
+    builder.position_at_end(done)
+    result = {rc: builder.phi(ir_vector(vector)) for rc in grid}
+    for rc in grid:
+        result[rc].add_incoming(start[rc], entry)
+        result[rc].add_incoming(new[rc], body)
+    for rc in grid:
+        builder.store(result[rc], pointer(at.c, offset(at.c_row, *rc))).align = item
+
+
+@intrinsic
+def _tile(typingctx, rows, vectors, a, a_row, panel, depth, c0, c0_row, c, c_row, zero):
+    """The code of every size of tile, and the jump to the one asked for."""
+    vector = VectorType(zero)
+
+    def codegen(context, builder, sig, args):
+        rows_, vectors_, *operands = args[:-1]
+        byte = ir.IntType(8).as_pointer()
+        names = zip(_Operands._fields, operands, strict=True)
+        at = _Operands(*(builder.inttoptr(v, byte) if name in ("a", "panel", "c0", "c") else v for name, v in names))
+        done = builder.append_basic_block("tile_done")
+        shape = builder.add(builder.mul(vectors_, _number(max(MAX_ROWS) + 1)), rows_)
+        choice = builder.switch(shape, done)
+        for v in range(1, MAX_VECTORS + 1):
+            for r in range(1, MAX_ROWS[v] + 1):
+                block = builder.append_basic_block(f"tile_{r}x{v}")
+                choice.add_case(_number(v * (max(MAX_ROWS) + 1) + r), block)
+                builder.position_at_end(block)
+                _emit_tile(builder, vector, r, v, at)
+                builder.branch(done)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 10, zero), codegen
+
+
+@shared
+def tile(rows, vectors, a, a_row, panel, depth, c0, c0_row, c, c_row, zero):
+    """C (rows, vectors*lanes) = C0 + A (rows, depth) @ panel, for 1 <= vectors <= MAX_VECTORS and 1 <= rows <= MAX_ROWS[vectors].
+
+    a, panel, c0 and c are addresses, the *_row strides count bytes (a stride of 0 repeats one row); C may be C0.
+    """
+    _tile(rows, vectors, a, a_row, panel, depth, c0, c0_row, c, c_row, zero)

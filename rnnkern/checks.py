@@ -1,0 +1,174 @@
+"""Every check of what a caller passes, and every message. An error of a kind that torch.nn raises has the type that torch.nn gives it.
+
+A message names the argument, what was expected, what came, and what to do where that is not plain.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rnnkern.cells import CellSpec, Weights
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def operands(cell: CellSpec, x: Tensor, h0: Tensor, c0: Tensor | None, weights: tuple[Weights, ...]) -> None:
+    """The sizes and devices of one layer's operands: what a kernel takes on trust. x is (T, B, I) or packed (N, I)."""
+    inputs, gates = x.shape[-1], len(cell.gates)
+    for w in weights:
+        hidden, outputs = w.weight_hh.shape[0] // gates, w.weight_hh.shape[1]
+        expected = {
+            "weight_ih": (gates * hidden, inputs),
+            "weight_hh": (gates * hidden, outputs),
+            "bias_ih": (gates * hidden,),
+            "bias_hh": (gates * hidden,),
+            "weight_hr": (outputs, hidden),
+        }
+        if w.weight_hr is None and hidden != outputs:
+            raise RuntimeError(
+                f"weight_hh: expected ({gates}*H, H) for {cell.name}, got {_shape(w.weight_hh)}; with a projection give weight_hr too"
+            )
+        for name, tensor in w._asdict().items():
+            if tensor is not None and _shape(tensor) != expected[name]:
+                raise RuntimeError(f"{name}: expected {expected[name]} beside weight_hh {_shape(w.weight_hh)}, got {_shape(tensor)}")
+            if tensor is not None:
+                _same_kind(name, tensor, x)
+    states = [("h0", h0, outputs)] + ([("c0", c0, hidden)] if c0 is not None else [])
+    for name, state, units in states:
+        batch = x.shape[1] if x.dim() == 3 else h0.shape[1]
+        if _shape(state) != (len(weights), batch, units):
+            raise RuntimeError(f"{name}: expected (directions, B, units) = {(len(weights), batch, units)}, got {_shape(state)}")
+        _same_kind(name, state, x)
+    if x.dim() == 3 and x.shape[0] == 0:
+        raise RuntimeError("input: expected at least one step, got a sequence of length 0")
+
+
+def _same_kind(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dtype != x.dtype:
+        raise RuntimeError(f"{name}: expected dtype {x.dtype}, that of the input, got {tensor.dtype}; convert one of them with .to(dtype)")
+    if tensor.device != x.device:
+        raise RuntimeError(f"{name}: expected device {x.device}, that of the input, got {tensor.device}; move one of them with .to(device)")
+
+
+def batch_sizes(sizes: Tensor, rows: int, batch: int) -> None:
+    """The batch_sizes of packed data: a sweep reads as many rows as they say."""
+    if sizes.device.type != "cpu" or sizes.dtype != torch.int64 or sizes.dim() != 1 or sizes.numel() == 0:
+        raise RuntimeError(f"batch_sizes: expected a 1-D int64 tensor on the CPU, got {sizes.dtype} {_shape(sizes)} on {sizes.device}")
+    if int(sizes[0]) != batch or int(sizes.sum()) != rows or int(sizes.min()) < 1 or bool((sizes.diff() > 0).any()):
+        raise RuntimeError(
+            f"batch_sizes: expected a falling sequence of positive numbers from {batch} that adds up to the {rows} rows of data, "
+            f"got {sizes.tolist()}; build the PackedSequence with torch.nn.utils.rnn.pack_padded_sequence"
+        )
+
+
+def length_values(lengths: Tensor, steps: int) -> None:
+    """1 <= length <= T."""
+    outside = (lengths < 1) | (lengths > steps)
+    if bool(outside.any()):
+        index = int(outside.nonzero()[0])
+        raise ValueError(f"lengths: expected 1 <= length <= T = {steps}, got {int(lengths[index])} at index {index}")
+
+
+def lengths(given: object, batch: int) -> Tensor:
+    """The argument `lengths` of a batched, padded call, as int64."""
+    if not isinstance(given, Tensor):
+        raise TypeError(f"lengths: expected an int64 tensor of shape (B,) = ({batch},), got {type(given).__name__}; use torch.tensor(lengths)")
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise TypeError(f"lengths: expected dtype int64, got {given.dtype}")
+    if given.dim() != 1 or given.shape[0] != batch:
+        raise ValueError(f"lengths: expected shape (B,) = ({batch},), one length for each sequence, got {_shape(given)}")
+    return given.to(torch.int64)
+
+
+def no_lengths(given: object, why: str) -> None:
+    if given is not None:
+        raise ValueError(f"lengths: {why}; leave lengths out")
+
+
+def backend_name(name: object, known: Sequence[str]) -> None:
+    if name not in known:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, known))}, got {name!r}")
+
+
+def input_rank(input: Tensor, ranks: tuple[int, int], who: str) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{who}: input: expected a tensor or a PackedSequence, got {type(input).__name__}")
+    if input.dim() not in ranks:
+        raise ValueError(f"{who}: input: expected {ranks[0]}-D (unbatched) or {ranks[1]}-D, got {input.dim()}-D of shape {_shape(input)}")
+
+
+def input_kind(input: Tensor, weight: Tensor, who: str) -> None:
+    """The features, dtype and device of an input (..., I) against weight_ih (G*H, I)."""
+    if input.dtype != weight.dtype:
+        raise ValueError(
+            f"{who}: input: expected dtype {weight.dtype}, that of the weights, got {input.dtype}; "
+            f"use input.to({weight.dtype}) or model.to({input.dtype})"
+        )
+    if input.shape[-1] != weight.shape[1]:
+        raise RuntimeError(f"{who}: input: expected size(-1) = input_size = {weight.shape[1]}, got {input.shape[-1]}")
+    if input.device != weight.device:
+        raise RuntimeError(f"{who}: input: expected device {weight.device}, that of the weights, got {input.device}")
+
+
+def packed_rank(data: Tensor, who: str) -> None:
+    if data.dim() != 2:
+        raise RuntimeError(f"{who}: the data of a PackedSequence: expected 2-D (rows, input_size), got {data.dim()}-D of shape {_shape(data)}")
+
+
+def states_rank(given: Sequence[Tensor], rank: int, who: str) -> None:
+    for name, tensor in zip(("h0", "c0"), given, strict=False):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{who}: {name}: expected a {rank}-D tensor, got {type(tensor).__name__}")
+        if tensor.dim() != rank:
+            raise RuntimeError(f"{who}: {name}: expected {rank}-D beside this input, got {tensor.dim()}-D of shape {_shape(tensor)}")
+
+
+def nonlinearity(name: object) -> None:
+    if name not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {name!r}")
+
+
+def states(given: Sequence[Tensor], expected: Sequence[tuple[int, ...]], input: Tensor, who: str) -> None:
+    """hx against the shape that each of its tensors must have."""
+    states_rank(given, 3, who)
+    if len(given) != len(expected):
+        raise RuntimeError(f"{who}: hx: expected {len(expected)} state(s), got {len(given)}")
+    for name, tensor, shape in zip(("h0", "c0"), given, expected, strict=False):
+        if _shape(tensor) != shape:
+            raise RuntimeError(f"{who}: {name}: expected (layers*directions, B, units) = {shape}, got {_shape(tensor)}")
+        _same_kind(f"{who}: {name}", tensor, input)
+
+
+def no_projection(proj_size: int) -> None:
+    if proj_size:
+        raise ValueError(f"proj_size: only an LSTM can project its state, got {proj_size}; leave proj_size out")
+
+
+def cell_states_rank(given: Sequence[Tensor], rank: int, who: str) -> None:
+    for name, tensor in zip(("h", "c"), given, strict=False):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{who}: {name}: expected a {rank}-D tensor, got {type(tensor).__name__}")
+        if tensor.dim() not in (1, 2):
+            raise ValueError(f"{who}: {name}: expected 1-D (unbatched) or 2-D, got {tensor.dim()}-D of shape {_shape(tensor)}")
+        if tensor.dim() != rank:
+            raise RuntimeError(f"{who}: {name}: expected {rank}-D beside this input, got {tensor.dim()}-D of shape {_shape(tensor)}")
+
+
+def cell_input(input: Tensor, weight: Tensor, who: str) -> None:
+    """The features, dtype and device of (B, I) against weight_ih (G*H, I)."""
+    if input.shape[-1] != weight.shape[1]:
+        raise RuntimeError(f"{who}: input: expected size(-1) = input_size = {weight.shape[1]}, got {input.shape[-1]}")
+    _same_kind(f"{who}: weight_ih", weight, input)
+
+
+def cell_states(given: Sequence[Tensor], count: int, input: Tensor, hidden: int, who: str) -> None:
+    if len(given) != count:
+        raise RuntimeError(f"{who}: hx: expected {count} state(s), got {len(given)}")
+    expected = (input.shape[0], hidden)
+    for name, tensor in zip(("h", "c"), given, strict=False):
+        if _shape(tensor) != expected:
+            raise RuntimeError(f"{who}: {name}: expected (B, hidden_size) = {expected}, got {_shape(tensor)}")
+        _same_kind(f"{who}: {name}", tensor, input)
