@@ -65,6 +65,13 @@ def _in_autocast(stack: _Stack, input: Tensor, hx: States | None) -> tuple[_Stac
     return stack._replace(weights=weights), cast(input), None if hx is None else tuple(map(cast, hx))
 
 
+def _dropout(stack: _Stack, x: Tensor) -> Tensor:
+    """Dropout of x (T, B, n) or (N, n), drawn in this order whatever the layout in memory: the same mask as torch.nn's for a seed."""
+    if stack.batch_first:
+        return x * drop(torch.ones_like(x, memory_format=torch.contiguous_format), stack.dropout, training=True)
+    return drop(x, stack.dropout, training=True)
+
+
 def _layers(
     stack: _Stack, x: Tensor, hx: States, lengths: Tensor | None, batch_sizes: Tensor | None
 ) -> tuple[Tensor, States]:
@@ -74,7 +81,7 @@ def _layers(
     finals: list[States] = []
     for first in range(0, len(stack.weights), count):
         if first and stack.dropout and stack.training:
-            x = drop(x, stack.dropout, training=True)
+            x = _dropout(stack, x)
         h0, c0 = hx[0][first : first + count], hx[1][first : first + count] if stack.cell.has_c else None
         weights = tuple(t for w in stack.weights[first : first + count] for t in w)
         x, h_n, c_n = apply_layer(settings, Operands(x, h0, c0, weights, lengths, batch_sizes))

@@ -55,7 +55,11 @@ CACHE_FOLDER = _usable_folder()
 # fmuladd is written where it is wanted, and no other rewriting of floating-point code is allowed: NaN, infinities and order are kept.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
+# Inlined by LLVM: for short functions.
 inlined: Callable[..., Any] = numba.njit(forceinline=True, **_OPTIONS)
+# Inlined by Numba before it types the kernel: for the parts of a sweep. Numba optimises each function together with all that it calls, so
+# a chain of functions around the tile would compile the tile's code once for every link.
+woven: Callable[..., Any] = numba.njit(inline="always", **_OPTIONS)
 # For code so large that one copy of it in a kernel is enough.
 shared: Callable[..., Any] = numba.njit(**_OPTIONS)
 

@@ -21,7 +21,7 @@ are dm = dh W_hr, and `dp` keeps dh for the gradient of W_hr.
 
 from typing import NamedTuple
 
-from rnnkern.backends.numba_cpu.jit import inlined
+from rnnkern.backends.numba_cpu.jit import inlined, woven
 from rnnkern.backends.numba_cpu.tile import MAX_ROWS, MAX_VECTORS, tile
 from rnnkern.backends.numba_cpu.vector import (
     VECTOR_BYTES,
@@ -129,7 +129,7 @@ def copy_out(target, source, units, zero):
         store_part(target + u * item, load(source + u * item, zero), zero, units - u)
 
 
-@inlined
+@woven
 def product(rows, a, a_row, panels, depth, units, c, c_row, zero):
     """c (rows, units) += a (rows, depth) @ the packed weight, panel by panel."""
     lanes = vector_lanes(zero)
@@ -157,7 +157,7 @@ def rows_in(a, t, first, last):
     return max(0, min(load_int(a.counts + 8 * t), last) - first)
 
 
-@inlined
+@woven
 def forward_step(a, t, start, rows, first, h_old, h_new, scratch, gates, separate, cell, zero):
     """Step t of rows first to first + rows: from h_old to h_new (both (rows, W)), or to m with a projection."""
     lanes, item = vector_lanes(zero), item_bytes(zero)
@@ -195,7 +195,7 @@ def forward_step(a, t, start, rows, first, h_old, h_new, scratch, gates, separat
             b += height
 
 
-@inlined
+@woven
 def project(a, t, start, rows, first, h_new, zero):
     """h = m W_hr^T of step t, into the state and the output."""
     for b in range(rows):
@@ -206,7 +206,7 @@ def project(a, t, start, rows, first, h_new, zero):
         copy_out(row_at(a.y, t, start, first + b), h_new + b * a.h.row, a.outputs, zero)
 
 
-@inlined
+@woven
 def forward_sweep(a, first, last, scratch, gates, separate, cell, zero):
     """Rows [first, last) through all steps. `gates`, `separate` and `cell` are constants of the kernel."""
     h = a.h.base + first * a.h.row
@@ -229,7 +229,7 @@ def forward_sweep(a, first, last, scratch, gates, separate, cell, zero):
                 copy_out(a.c_n.base + (first + b) * a.c_n.row, a.c.base + (first + b) * a.c.row, a.hidden, zero)
 
 
-@inlined
+@woven
 def add_output_gradient(a, t, start, rows, first, zero):
     """dh += dy_t, and with a projection dp_t = dh and dm = dh W_hr."""
     lanes, item = vector_lanes(zero), item_bytes(zero)
@@ -249,7 +249,7 @@ def add_output_gradient(a, t, start, rows, first, zero):
             copy_in(a.dh.base + b * a.dh.row, 0, a.outputs, zero)
 
 
-@inlined
+@woven
 def backward_step(a, s, t, start, first, rows, cell, zero):
     """The cell's gradients at step t, the s-th of the forward sweep; leaves in dh what reaches h_{t-1} past W_hh."""
     lanes, item = vector_lanes(zero), item_bytes(zero)
@@ -284,7 +284,7 @@ def backward_step(a, s, t, start, first, rows, cell, zero):
             store(dh + at, direct)
 
 
-@inlined
+@woven
 def backward_sweep(a, first, last, cell, zero):
     """Rows [first, last) back through all steps."""
     for b in range(first, last):
