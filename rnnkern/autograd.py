@@ -19,7 +19,7 @@ from rnnkern.cells import CELLS, split_directions
 from rnnkern.layer import Operands, Results, Settings
 
 _library = torch.library.Library("rnnkern", "DEF")
-_OPERANDS = "Tensor x, Tensor h0, Tensor? c0, Tensor?[] weights, Tensor? lengths, Tensor? batch_sizes"
+_OPERANDS = "Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? batch_sizes"
 _SETTINGS = "str cell, str backend, bool batch_major"
 _library.define(f"layer({_SETTINGS}, {_OPERANDS}, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)")
 _library.define(
@@ -30,17 +30,17 @@ _library.define(
 
 def _layer(cell: str, backend: str, batch_major: bool, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *operands, save = rest
-    with torch.autocast(x.device.type, enabled=False):
+    with compat.without_autocast(x.device.type):
         return tuple(layer.forward(Settings(cell, backend, batch_major), _operands(x, *operands), save))
 
 
 def _layer_backward(cell: str, backend: str, batch_major: bool, x: Tensor, *rest: Any) -> list[Tensor]:
     operands, results, grads, needs = rest[:5], rest[5:10], rest[10:13], rest[13]
-    with torch.autocast(x.device.type, enabled=False):
+    with compat.without_autocast(x.device.type):
         return layer.backward(Settings(cell, backend, batch_major), _operands(x, *operands), Results(*results), grads, needs)
 
 
-def _operands(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor | None], *sizes: Tensor | None) -> Operands:
+def _operands(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor], *sizes: Tensor | None) -> Operands:
     return Operands(x, h0, c0, tuple(weights), *sizes)
 
 
@@ -67,12 +67,12 @@ def _layer_fake(
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
-    weights: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, ...]:
-    spec, layer_weights, dtype = CELLS[cell], split_directions(weights), compute_dtype(x.dtype)
+    spec, layer_weights, dtype = CELLS[cell], split_directions(weights, h0.shape[0]), compute_dtype(x.dtype)
     directions, hidden = len(layer_weights), layer_weights[0].weight_hh.shape[0] // len(spec.gates)
 
     def saved(blocks: int) -> Tensor:
@@ -95,7 +95,7 @@ def _layer_backward_fake(
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
-    weights: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
     lengths: Tensor | None,
     *rest: Any,
 ) -> list[Tensor]:
@@ -108,8 +108,10 @@ def _layer_backward_fake(
 def _direct(operands: Operands) -> bool:
     """Whether the body of an operator may be called past the dispatcher."""
     tensors = (operands.x, operands.h0, operands.c0, *operands.weights, operands.lengths, operands.batch_sizes)
-    return compat.in_plain_eager() and not torch.is_autocast_enabled(operands.x.device.type) and all(
-        compat.is_plain(t) for t in tensors if t is not None
+    return (
+        compat.in_plain_eager()
+        and all(compat.is_plain(t) for t in tensors if t is not None)
+        and compat.autocast_dtype(operands.x.device.type) is None
     )
 
 
@@ -136,13 +138,13 @@ def _tensors(operands: Operands) -> tuple[Tensor | None, ...]:
 def _from_tensors(tensors: Sequence[Tensor | None]) -> Operands:
     lengths, batch_sizes, x, h0, c0, *weights = tensors
     assert x is not None and h0 is not None
-    return Operands(x, h0, c0, tuple(weights), lengths, batch_sizes)
+    return Operands(x, h0, c0, tuple(weights), lengths, batch_sizes)  # type: ignore[arg-type]
 
 
 def _vmap_loop(function: type[torch.autograd.Function], info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
     """The rule for torch.func.vmap: one call for each element, results stacked. A sweep has no batch dimension to lend to weights."""
     calls = [
-        function.apply(*(arg if dim is None else arg.select(dim, index) for arg, dim in zip(args, in_dims, strict=True)))
+        function.apply(*(arg.select(dim, index) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True)))
         for index in range(info.batch_size)
     ]
     stacked = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
@@ -153,13 +155,12 @@ class LayerFunction(torch.autograd.Function):
     """(y, h_n, c_n, gates, cells) of a layer call; the last two, what backward saves, are returned so that second derivatives see them."""
 
     @staticmethod
-    def forward(settings: Settings, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(_forward(Settings(*settings), _from_tensors(tensors), save=True))
+    def forward(cell: str, backend: str, batch_major: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(_forward(Settings(cell, backend, batch_major), _from_tensors(tensors), save=True))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        settings, *tensors = inputs
-        ctx.settings = settings
+        ctx.settings, tensors = inputs[:3], inputs[3:]
         ctx.count = len(tensors)
         _, _, c_n, gates, cells = output
         has_c = _from_tensors(tensors).c0 is not None
@@ -171,17 +172,17 @@ class LayerFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         tensors, results = saved[: ctx.count], Results(*saved[ctx.count :])
-        needs = tuple(ctx.needs_input_grad[3:])
-        nothing = (None,) * (1 + ctx.count)
+        needs = tuple(ctx.needs_input_grad[5:])
+        nothing = (None,) * (3 + ctx.count)
         wanted = (grads[0], grads[1], grads[2] if tensors[4] is not None else None)
         if all(g is None for g in wanted) or not any(needs):
             return nothing
         if torch.is_grad_enabled() or compat.in_transform():
-            found = LayerGradient.apply(ctx.settings, needs, *tensors, *results, *wanted)
+            found = LayerGradient.apply(*ctx.settings, needs, *tensors, *results, *wanted)
         else:
             found = _backward(Settings(*ctx.settings), _from_tensors(tensors), results, wanted, needs)
         gradients = iter(found)
-        return (None, None, None, *(next(gradients) if needed else None for needed in needs))
+        return (*(None,) * 5, *(next(gradients) if needed else None for needed in needs))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
@@ -192,16 +193,16 @@ class LayerGradient(torch.autograd.Function):
     """The gradients that `needs` asks for. Its own derivative is that of the oracle, recomputed from the inputs."""
 
     @staticmethod
-    def forward(settings: Settings, needs: tuple[bool, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(cell: str, backend: str, batch_major: bool, needs: tuple[bool, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         count = 2 + len(needs)
         results = Results(*tensors[count : count + 5])  # type: ignore[arg-type]
-        return tuple(_backward(Settings(*settings), _from_tensors(tensors[:count]), results, tensors[count + 5 :], needs))
+        settings = Settings(cell, backend, batch_major)
+        return tuple(_backward(settings, _from_tensors(tensors[:count]), results, tensors[count + 5 :], needs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        settings, needs, *tensors = inputs
-        count = 2 + len(needs)
-        ctx.settings, ctx.needs = settings, needs
+        ctx.settings, ctx.needs, tensors = inputs[:3], inputs[3], inputs[4:]
+        count = 2 + len(ctx.needs)
         ctx.save_for_backward(*tensors[:count], *tensors[count + 5 :])
 
     @staticmethod
@@ -209,7 +210,7 @@ class LayerGradient(torch.autograd.Function):
         count = 2 + len(ctx.needs)
         tensors, grads = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         second = _second_derivatives(Settings(*ctx.settings), ctx.needs, tensors, grads, cotangents)
-        return (None, None, *second[:count], *(None,) * 5, *second[count:])
+        return (*(None,) * 4, *second[:count], *(None,) * 5, *second[count:])
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
@@ -253,8 +254,15 @@ def _differentiable(settings: Settings, operands: Operands) -> tuple[Tensor | No
 def apply_layer(settings: Settings, operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y, h_n, c_n) of one layer, differentiable where an operand asks for it; c_n is None for a cell without c."""
     tensors = _tensors(operands)
-    if compat.in_transform() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        y, h_n, c_n, _, _ = LayerFunction.apply(settings, *tensors)
+    if any(t is not None and compat.has_tangent(t) for t in tensors):
+        raise NotImplementedError(
+            "rnnkern has no forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad); use reverse mode, "
+            "such as torch.func.vjp or torch.func.jacrev, or torch.nn's modules through rnnkern.to_torch(model)"
+        )
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    # torch.jit.trace cannot keep a Python Function in what it saves: it gets the operator, and torch warns of a backward through that.
+    if compat.in_transform() or (wanted and not compat.in_jit_trace()):
+        y, h_n, c_n, _, _ = LayerFunction.apply(*settings, *tensors)
     else:
         y, h_n, c_n, _, _ = _forward(settings, operands, save=False)
     return y, h_n, None if operands.c0 is None else c_n

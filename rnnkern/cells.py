@@ -46,7 +46,15 @@ class Weights(NamedTuple):
     weight_hr: Tensor | None = None  # (P, H)
 
 
-def split_directions(flat: Sequence[Tensor | None]) -> tuple[Weights, ...]:
-    """The weights of each direction from one flat list, which holds all of a direction's fields, None where absent."""
-    width = len(Weights._fields)
-    return tuple(Weights(*flat[i : i + width]) for i in range(0, len(flat), width))  # type: ignore[arg-type]
+def named_weights(flat: Sequence[Tensor]) -> Weights:
+    """The weights of one layer and direction, from the order of torch.nn's `all_weights`: w_ih, w_hh, [b_ih, b_hh,] [w_hr]."""
+    w_ih, w_hh, *rest = flat
+    w_hr = rest.pop() if len(rest) % 2 else None
+    b_ih, b_hh = rest or (None, None)
+    return Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
+
+
+def split_directions(flat: Sequence[Tensor], directions: int) -> tuple[Weights, ...]:
+    """The weights of each direction, from those of all directions one after the other."""
+    width = len(flat) // directions
+    return tuple(named_weights(flat[i : i + width]) for i in range(0, len(flat), width))

@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import PackedSequence
 from rnnkern import checks
 from rnnkern.autograd import apply_layer
 from rnnkern.backends import BACKENDS
-from rnnkern.cells import CELLS, CellSpec, Weights
+from rnnkern.cells import CELLS, CellSpec, Weights, named_weights
+from rnnkern.compat import autocast_dtype
 from rnnkern.layer import Operands, Settings
 
 BACKEND_NAMES = ("auto", *BACKENDS)
@@ -23,14 +24,6 @@ BACKEND_NAMES = ("auto", *BACKENDS)
 LayerWeights = Sequence[Sequence[Tensor]]
 States = tuple[Tensor, ...]
 Input = TypeVar("Input", Tensor, PackedSequence)
-
-
-def named_weights(flat: Sequence[Tensor]) -> Weights:
-    """The weights of one layer and direction, from the order of torch.nn's `all_weights`: w_ih, w_hh, [b_ih, b_hh,] [w_hr]."""
-    w_ih, w_hh, *rest = flat
-    w_hr = rest.pop() if len(rest) % 2 else None
-    b_ih, b_hh = rest or (None, None)
-    return Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
 
 
 class _Stack(NamedTuple):
@@ -53,10 +46,9 @@ class _Stack(NamedTuple):
 
 def _in_autocast(stack: _Stack, input: Tensor, hx: States | None) -> tuple[_Stack, Tensor, States | None]:
     """Everything in the autocast dtype where autocast is on, float64 excepted as in torch."""
-    device = input.device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(input.device.type)
+    if dtype is None:
         return stack, input, hx
-    dtype = torch.get_autocast_dtype(device)
 
     def cast(t: Tensor) -> Tensor:
         return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
@@ -83,7 +75,7 @@ def _layers(
         if first and stack.dropout and stack.training:
             x = _dropout(stack, x)
         h0, c0 = hx[0][first : first + count], hx[1][first : first + count] if stack.cell.has_c else None
-        weights = tuple(t for w in stack.weights[first : first + count] for t in w)
+        weights = tuple(t for w in stack.weights[first : first + count] for t in w if t is not None)
         x, h_n, c_n = apply_layer(settings, Operands(x, h0, c0, weights, lengths, batch_sizes))
         finals.append((h_n,) if c_n is None else (h_n, c_n))
     if len(finals) == 1:

@@ -30,7 +30,7 @@ class Operands(NamedTuple):
     x: Tensor  # (T, B, I), or (N, I) with batch_sizes
     h0: Tensor  # (D, B, P)
     c0: Tensor | None  # (D, B, H)
-    weights: tuple[Tensor | None, ...]  # the fields of `Weights`, one direction after the other
+    weights: tuple[Tensor, ...]  # the fields of `Weights` that are there, one direction after the other
     lengths: Tensor | None  # (B,) int64: x is padded
     batch_sizes: Tensor | None  # (T,) int64: x is packed
 
@@ -38,7 +38,7 @@ class Operands(NamedTuple):
 class Results(NamedTuple):
     """What a layer call gives. The last two are what backward needs: in the dtype computed in, empty when nothing is saved.
 
-    With `lengths`, only the first sum(lengths) of their T*B rows are in use.
+    With `lengths`, only the first sum(lengths) of their T*B rows are in use, so that their size does not depend on the lengths.
     """
 
     y: Tensor  # (T, B, D*P) or (N, D*P)
@@ -50,7 +50,8 @@ class Results(NamedTuple):
 
 def prepare(settings: Settings, operands: Operands) -> tuple[Layer, Packing | None]:
     """The backend's view of the call, in the dtype to compute in; with lengths the rows are packed. Differentiable."""
-    checks.operands(CELLS[settings.cell], operands.x, operands.h0, operands.c0, split_directions(operands.weights))
+    directions = operands.h0.shape[0]
+    checks.operands(CELLS[settings.cell], operands.x, operands.h0, operands.c0, split_directions(operands.weights, directions))
     x, h0, c0, batch_sizes, packing = operands.x, operands.h0, operands.c0, operands.batch_sizes, None
     if operands.lengths is not None:
         packing = pack(operands.lengths.cpu(), x.shape[0])
@@ -64,7 +65,7 @@ def prepare(settings: Settings, operands: Operands) -> tuple[Layer, Packing | No
         x=x.to(dtype),
         h0=h0.to(dtype),
         c0=None if c0 is None else c0.to(dtype),
-        weights=split_directions([None if w is None else w.to(dtype) for w in operands.weights]),
+        weights=split_directions([w.to(dtype) for w in operands.weights], directions),
         batch_sizes=batch_sizes,
         batch_major=settings.batch_major,
     )
@@ -81,12 +82,10 @@ def finish(operands: Operands, packing: Packing | None, states: States) -> tuple
 
 
 def _whole(rows: Tensor | None, count: int) -> Tensor | None:
-    """Packed rows at the start of a buffer of `count` rows, a size that does not depend on the lengths."""
+    """Packed rows at the start of `count` rows, a size that does not depend on the lengths; the rest is zero."""
     if rows is None:
         return None
-    whole = rows.new_empty(count, *rows.shape[1:])
-    whole[: rows.shape[0]] = rows
-    return whole
+    return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])])
 
 
 def forward(settings: Settings, operands: Operands, save: bool) -> Results:
@@ -194,7 +193,7 @@ def backward(
         _input_gradient(layer, gradients.dgx) if needs[0] else None,
         gradients.dh0 if needs[1] else None,
         gradients.dc0 if needs[2] else None,
-        *_weight_gradients(layer, saved, gradients, split_directions(needs[3:])),  # type: ignore[arg-type]
+        *_weight_gradients(layer, saved, gradients, split_directions(needs[3:], len(layer.weights))),  # type: ignore[arg-type]
     ]
     if packing is not None:
         if found[0] is not None:

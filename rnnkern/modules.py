@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import checks
 from rnnkern.autograd import apply_layer
-from rnnkern.cells import CELL_OF_MODE, CELLS, Weights
+from rnnkern.cells import CELL_OF_MODE, CELLS, CellSpec, Weights
+from rnnkern.compat import autocast_dtype
 from rnnkern.functional import BACKEND_NAMES, States, one_state, run
 from rnnkern.layer import Operands, Settings
 
@@ -216,6 +217,16 @@ class RNN(_OneState):
         )
 
 
+def _cell_in_autocast(
+    spec: CellSpec, dtype: torch.dtype, input: Tensor, hx: States, weights: Weights
+) -> tuple[Tensor, States, Weights]:
+    """All in one dtype, as torch's cells choose it under autocast: that of the state (c, which rounding at every step would spoil), but
+    the autocast dtype for a plain RNN."""
+    plain = spec.mode.startswith("RNN") and hx[-1].dtype != torch.float64
+    dtype = dtype if plain else hx[-1].dtype
+    return input.to(dtype), tuple(s.to(dtype) for s in hx), Weights(*(None if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
+
+
 class _Cell(_Shared):
     """The part of a *Cell module that does not depend on its cell: one step, which is a sequence of length 1."""
 
@@ -232,13 +243,16 @@ class _Cell(_Shared):
             checks.cell_states_rank(hx, input.dim(), who)
         if unbatched:
             input, hx = input.unsqueeze(0), None if hx is None else tuple(s.unsqueeze(0) for s in hx)
-        checks.cell_input(input, self.weight_ih, who)
         if hx is None:
             hx = (input.new_zeros(input.shape[0], self.weight_hh.shape[1]),) * spec.states
-        checks.cell_states(hx, spec.states, input, self.weight_hh.shape[1], who)
         weights = Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        autocast = autocast_dtype(input.device.type)
+        if autocast is not None:
+            input, hx, weights = _cell_in_autocast(spec, autocast, input, hx, weights)
+        checks.cell_input(input, weights.weight_ih, who)
+        checks.cell_states(hx, spec.states, input, weights.weight_hh.shape[1], who)
         h0, c0 = hx[0].unsqueeze(0), hx[1].unsqueeze(0) if spec.has_c else None
-        operands = Operands(input.unsqueeze(0), h0, c0, tuple(weights), None, None)
+        operands = Operands(input.unsqueeze(0), h0, c0, tuple(w for w in weights if w is not None), None, None)
         _, h, c = apply_layer(Settings(cell, self.backend, False), operands)
         states = (h[0],) if c is None else (h[0], c[0])
         return tuple(s.squeeze(0) for s in states) if unbatched else states

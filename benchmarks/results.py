@@ -1,0 +1,125 @@
+"""A line of the CSV, reading and writing it, and means over shapes and families."""
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import Machine
+from benchmarks.timing import geometric_mean
+
+TORCH, AGAIN, RNNKERN, ONNX = "torch", "torch again", "rnnkern", "onnxruntime"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(Machine):
+    """One implementation on one row of the table. NaN, empty in the file, is what was not measured."""
+
+    date: str  # UTC, the same for all implementations of a row
+    dtype: str
+    backend: str  # rnnkern's
+    threads: int
+    cell: str
+    mode: str
+    family: str
+    shape: str
+    T: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+    options: str
+    real_steps: int  # over all sequences
+    implementation: str
+    rounds: int
+    calls: int
+    ms_q10: float  # milliseconds of a call
+    ms_q25: float
+    ms_median: float
+    ms_q75: float
+    ms_q90: float
+    ratio: float  # torch's time / this one's, round by round
+    gflops: float
+    ceiling_gflops: float  # of one core
+    memory_mb: float  # peak of a training step
+
+    @property
+    def share(self) -> float:
+        """Of the ceiling of the cores in use."""
+        return self.gflops / (self.ceiling_gflops * self.threads)
+
+
+# One row of the table: its records by implementation
+Row = Mapping[str, Record]
+
+_PARSE: dict[Any, Callable[[str], Any]] = {int: int, float: lambda text: float(text or "nan"), str: str}
+
+
+def append(path: Path, row: Row) -> None:
+    """Adds the row's records to the CSV, which is made if it is not there."""
+    columns = [field.name for field in fields(Record)]
+    new = not path.exists()
+    if not new:
+        with path.open(newline="") as file:
+            header = next(csv.reader(file), [])
+        if header != columns:
+            raise ValueError(
+                f"{path}: expected the columns {columns}, got {header}; move the file away to begin a new one"
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        for record in row.values():
+            writer.writerow({name: written(value) for name, value in asdict(record).items()})
+
+
+def written(value: float | int | str) -> str:
+    """A value as it stands in the file."""
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return str(value)
+
+
+def read(path: Path) -> list[Row]:
+    """The newest measurement of every row in the file, in the order in which they first appear."""
+    rows: dict[tuple[object, ...], dict[str, Record]] = {}
+    with path.open(newline="") as file:
+        for line in csv.DictReader(file):
+            record = Record(**{field.name: _PARSE[field.type](line[field.name]) for field in fields(Record)})
+            row = rows.setdefault((record.dtype, record.backend, *place(record), record.shape), {})
+            if any(other.date != record.date for other in row.values()):
+                row.clear()
+            row[record.implementation] = record
+    return list(rows.values())
+
+
+def place(record: Record) -> tuple[int, str, str]:
+    """What a mean is taken over: the rows of one of these."""
+    return record.threads, record.cell, record.mode
+
+
+def over_torch(row: Row) -> float:
+    """torch.nn's time / rnnkern's."""
+    return row[RNNKERN].ratio
+
+
+def over_onnx(row: Row) -> float:
+    """onnxruntime's time / rnnkern's, NaN where it was not measured."""
+    return row[RNNKERN].ratio / row[ONNX].ratio if ONNX in row else math.nan
+
+
+def noise(row: Row) -> float:
+    """How far two copies of torch.nn came out apart, 1 at best."""
+    return max(row[AGAIN].ratio, 1 / row[AGAIN].ratio)
+
+
+def family_means(values: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Geometric mean per family from (family, ratio) pairs; NaN ratios are left out."""
+    families: dict[str, list[float]] = {}
+    for family, value in values:
+        if not math.isnan(value):
+            families.setdefault(family, []).append(value)
+    return {family: geometric_mean(ratios) for family, ratios in families.items()}

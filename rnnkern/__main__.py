@@ -1,0 +1,52 @@
+"""`python -m rnnkern`: which backends this installation has, and why not the others. `--warm` compiles the CPU kernels beforehand."""
+
+import argparse
+import time
+
+import torch
+
+import rnnkern
+from rnnkern.backends import AUTO, BACKENDS
+from rnnkern.cells import CELLS
+
+
+def list_backends() -> None:
+    print(f"rnnkern {rnnkern.__version__}, torch {torch.__version__}")
+    for name, entry in BACKENDS.items():
+        reason = entry.obstacle()
+        devices = " and ".join(entry.devices) if entry.devices else "any device"
+        default = ", ".join(device for device, backend in AUTO.items() if backend == name)
+        print(f"  {name:<10} {f'{entry.version()}, {devices}' if reason is None else f'absent: {reason}'}", end="")
+        print(f" (the default on {default})" if default and reason is None else "")
+
+
+def warm(cells: list[str], dtypes: list[torch.dtype]) -> None:
+    """Compiles forward and backward of each cell and dtype into the kernel cache, by running them once."""
+    from rnnkern.backends.numba_cpu.jit import CACHE_FOLDER
+
+    modules = {"LSTM": rnnkern.LSTM, "GRU": rnnkern.GRU, "RNN": rnnkern.RNN}
+    for cell in cells:
+        kind, _, nonlinearity = CELLS[cell].mode.partition("_")
+        options = {"nonlinearity": nonlinearity.lower()} if nonlinearity else {}
+        for dtype in dtypes:
+            start = time.perf_counter()
+            layer = modules[kind](1, 1, dtype=dtype, backend="numba", **options)
+            layer(torch.zeros(1, 1, 1, dtype=dtype))[0].sum().backward()
+            print(f"{cell} {str(dtype).removeprefix('torch.')}: ready in {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"kept in {CACHE_FOLDER}" if CACHE_FOLDER else "not kept: the cache folder is not writable; set RNNKERN_CACHE_DIR")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m rnnkern", description=__doc__)
+    parser.add_argument("--warm", action="store_true", help="compile the kernels of the numba backend into its cache")
+    parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS), help="which cells to warm (default: all)")
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "float64"], default=["float32"], help="which dtypes (default: float32)")
+    options = parser.parse_args()
+    if options.warm:
+        warm(options.cells, [getattr(torch, name) for name in options.dtypes])
+    else:
+        list_backends()
+
+
+if __name__ == "__main__":
+    main()

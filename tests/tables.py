@@ -1,0 +1,219 @@
+"""What the tests share: the one table of tolerances, the cells, and a `Case`, one call that torch.nn and rnnkern both make."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import rnnkern
+from rnnkern.cells import CELLS
+
+
+class Tolerance(NamedTuple):
+    """The largest relative RMS error against float64 at default initialisation."""
+
+    forward: float
+    gradient: float
+
+
+TOLERANCES = {
+    torch.float64: Tolerance(1e-12, 1e-12),
+    torch.float32: Tolerance(1e-6, 3e-6),
+    torch.float16: Tolerance(1e-3, 1e-3),
+    torch.bfloat16: Tolerance(1e-2, 1e-2),
+}
+
+KERNEL_BACKENDS = ("numba", "reference")
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected|; 0 where they are equal, NaN where either holds one."""
+    assert actual.shape == expected.shape, f"expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}"
+    difference = (actual.double() - expected.double()).norm()
+    return 0.0 if difference == 0 else float(difference / expected.double().norm())
+
+
+class Outcome(NamedTuple):
+    """What a call gives."""
+
+    results: dict[str, Tensor]  # output (the rows of a packed one), h_n, c_n
+    gradients: dict[str, Tensor | None]  # input, h0, c0 and every parameter
+
+
+def assert_close(actual: Outcome, expected: Outcome, dtype: torch.dtype) -> None:
+    """Every result and gradient within the table's tolerance for `dtype`."""
+    pairs = zip((actual.results, actual.gradients), (expected.results, expected.gradients), strict=True)
+    for limit, (ours, theirs) in zip(TOLERANCES[dtype], pairs, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            own = ours[name]
+            if tensor is None or own is None:
+                assert own is tensor, f"{name}: expected {tensor}, got {own}"
+                continue
+            error = relative_rms(own, tensor)
+            assert error <= limit, f"{name}: relative RMS error {error:.2e} over {limit:.0e}"
+
+
+def layer_class(package: Any, cell: str) -> Any:
+    """LSTM, GRU or RNN of torch.nn or rnnkern."""
+    return getattr(package, CELLS[cell].mode.partition("_")[0])
+
+
+def cell_class(package: Any, cell: str) -> Any:
+    """LSTMCell, GRUCell or RNNCell of torch.nn or rnnkern."""
+    return getattr(package, CELLS[cell].mode.partition("_")[0] + "Cell")
+
+
+def nonlinearity(cell: str) -> dict[str, str]:
+    """The constructor's argument that tells one plain RNN from another; empty for other cells."""
+    name = CELLS[cell].mode.partition("_")[2].lower()
+    return {"nonlinearity": name} if name else {}
+
+
+def is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("rnnkern")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. Sizes are odd, so that no vector is full; the lengths are in no order, with one of all steps and one of 1."""
+
+    cell: str = "lstm"
+    T: int = 5
+    B: int = 5
+    I: int = 3  # noqa: E741
+    H: int = 7
+    dtype: torch.dtype = torch.float64
+    backend: str = "numba"
+    layers: int = 1
+    bidirectional: bool = False
+    batch_first: bool = False
+    bias: bool = True
+    proj_size: int = 0
+    dropout: float = 0.0
+    training: bool = True
+    hx: bool = False
+    rows: str = "padded"  # or unbatched, packed, sorted (packed, already in order), lengths
+    lengths: tuple[int, ...] = (3, 5, 1, 4, 4)
+
+    @property
+    def states(self) -> int:
+        return CELLS[self.cell].states
+
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments beside the sizes, dtype and backend."""
+        found: dict[str, Any] = {
+            "num_layers": self.layers,
+            "bias": self.bias,
+            "batch_first": self.batch_first,
+            "dropout": self.dropout,
+            "bidirectional": self.bidirectional,
+            **nonlinearity(self.cell),
+        }
+        return found | ({"proj_size": self.proj_size} if self.proj_size else {})
+
+    def torch_module(self, dtype: torch.dtype | None = None) -> Any:
+        """torch.nn's module, with weights that the case's dtype can hold."""
+        torch.manual_seed(1)
+        module = layer_class(nn, self.cell)(self.I, self.H, dtype=self.dtype, **self.options())
+        return module.to(dtype or self.dtype).train(self.training)
+
+    def module(self, dtype: torch.dtype | None = None, backend: str | None = None) -> Any:
+        """rnnkern's module, with the same weights."""
+        torch.manual_seed(1)
+        kind = layer_class(rnnkern, self.cell)
+        module = kind(self.I, self.H, dtype=self.dtype, backend=backend or self.backend, **self.options())
+        return module.to(dtype or self.dtype).train(self.training)
+
+    def inputs(self, dtype: torch.dtype | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The input and the initial states, leaves in `dtype`, of values that the case's dtype can hold."""
+        generator = torch.Generator().manual_seed(2)
+
+        def draw(*shape: int) -> Tensor:
+            values = torch.randn(shape, dtype=torch.float64, generator=generator)
+            return values.to(self.dtype).to(dtype or self.dtype).requires_grad_()
+
+        batch = () if self.rows == "unbatched" else (self.B,)
+        leading = (*batch, self.T) if self.batch_first else (self.T, *batch)
+        count = self.layers * (1 + self.bidirectional)
+        units = (self.proj_size or self.H, self.H)[: self.states]
+        return draw(*leading, self.I), tuple(draw(count, *batch, n) for n in units)
+
+    def call(self, module: Any, x: Tensor, states: tuple[Tensor, ...]) -> tuple[Any, dict[str, Tensor]]:
+        """The module's output as it comes, and (output rows, h_n, c_n) by name. torch.nn packs and pads in place of `lengths`."""
+        hx = None if not self.hx else states if len(states) > 1 else states[0]
+        lengths = torch.tensor(sorted(self.lengths, reverse=True) if self.rows == "sorted" else self.lengths)
+        torch.manual_seed(3)
+        if self.rows in ("padded", "unbatched"):
+            output, finals = module(x, hx)
+        elif self.rows == "lengths" and is_ours(module):
+            output, finals = module(x, hx, lengths=lengths)
+        else:
+            packed = pack_padded_sequence(x, lengths, self.batch_first, enforce_sorted=self.rows == "sorted")
+            output, finals = module(packed, hx)
+            if self.rows == "lengths":
+                output, _ = pad_packed_sequence(output, self.batch_first, total_length=self.T)
+        rows = output.data if isinstance(output, PackedSequence) else output
+        finals = finals if isinstance(finals, tuple) else (finals,)
+        return output, dict(zip(("output", "h_n", "c_n"), (rows, *finals), strict=False))
+
+    def run(self, module: Any) -> Outcome:
+        """A call and the gradients of all that it returns, against random cotangents."""
+        dtype = next(module.parameters()).dtype
+        x, states = self.inputs(dtype)
+        _, results = self.call(module, x, states)
+        generator = torch.Generator().manual_seed(4)
+        cotangents = [
+            torch.randn(r.shape, dtype=torch.float64, generator=generator).to(self.dtype).to(dtype) for r in results.values()
+        ]
+        module.zero_grad()
+        torch.autograd.backward(list(results.values()), cotangents)
+        leaves = {"input": x} | (dict(zip(("h0", "c0"), states, strict=False)) if self.hx else {})
+        leaves |= dict(module.named_parameters())
+        return Outcome({n: r.detach() for n, r in results.items()}, {n: leaf.grad for n, leaf in leaves.items()})
+
+    def by_torch(self) -> Outcome:
+        """What torch.nn gives in float64 for the weights and inputs of the case."""
+        return self.run(self.torch_module(torch.float64))
+
+    def by_oracle(self) -> Outcome:
+        """What rnnkern.reference gives in float64 for the weights and inputs of the case."""
+        return self.run(self.module(torch.float64, "reference"))
+
+
+# Each is a departure from the defaults of `Case`.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "reference": {"backend": "reference"},
+    "float32": {"dtype": torch.float32},
+    "float16": {"dtype": torch.float16},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "layers": {"layers": 2},
+    "bidirectional": {"bidirectional": True},
+    "batch_first": {"batch_first": True},
+    "no_bias": {"bias": False},
+    "hx": {"hx": True},
+    "unbatched": {"rows": "unbatched"},
+    "packed": {"rows": "packed"},
+    "sorted": {"rows": "sorted"},
+    "lengths": {"rows": "lengths"},
+    "eval": {"training": False},
+    "projection": {"proj_size": 3},
+    "dropout": {"layers": 3, "dropout": 0.5},
+}
+
+
+def cases(most: int = 2) -> Iterator[tuple[str, Case]]:
+    """Every cell with its defaults, each option alone, and all sets of up to `most` options that can go together, with a name."""
+    for cell in CELLS:
+        for size in range(most + 1):
+            for names in combinations(OPTIONS, size):
+                changes = [OPTIONS[name] for name in names]
+                keys = [key for change in changes for key in change]
+                if len(keys) > len(set(keys)) or ("projection" in names and cell != "lstm"):
+                    continue
+                merged = {key: value for change in changes for key, value in change.items()}
+                yield "-".join((cell, *names)), replace(Case(cell), **merged)

@@ -1,0 +1,68 @@
+"""Two processes of DistributedDataParallel, each with half of the batch, have the gradients of one with all of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+
+import rnnkern
+from rnnkern.cells import CELLS
+from tests.tables import layer_class, nonlinearity, relative_rms
+
+PROCESSES = 2
+SIZES = {"T": 6, "B": 4, "I": 3, "H": 9}
+
+
+def build() -> nn.ModuleDict:
+    """A bidirectional layer of every cell, the same in each process."""
+    torch.manual_seed(1)
+    T, B, I, H = SIZES.values()  # noqa: E741
+    options: dict[str, Any] = {"bidirectional": True, "dtype": torch.float64}
+    return nn.ModuleDict({cell: layer_class(rnnkern, cell)(I, H, **options, **nonlinearity(cell)) for cell in CELLS})
+
+
+class Sum(nn.Module):
+    """The mean square of all that the layers give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = build()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([(layer(x)[0] ** 2).mean() for layer in self.layers.values()]).sum()
+
+
+def inputs() -> torch.Tensor:
+    T, B, I, _ = SIZES.values()  # noqa: E741
+    return torch.randn(T, B, I, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def work(rank: int, folder: str) -> None:
+    """One process: gradients over its share of the batch, left in a file."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
+    model = nn.parallel.DistributedDataParallel(Sum())
+    model(inputs().chunk(PROCESSES, 1)[rank]).backward()
+    torch.save(gradients(model), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    multiprocessing.spawn(work, (str(tmp_path),), nprocs=PROCESSES)
+    alone = Sum()
+    alone(inputs()).backward()
+    expected = gradients(alone)
+    assert expected.keys() == dict(alone.named_parameters()).keys()
+    for rank in range(PROCESSES):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert relative_rms(found[name], gradient) < 1e-12, name

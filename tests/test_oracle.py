@@ -1,0 +1,282 @@
+"""The numba kernels against the oracle, and the oracle against torch's autograd and against numbers worked out by hand."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import log
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rnnkern
+from rnnkern import layer as layer_calls
+from rnnkern import reference
+from rnnkern.backends import Layer, numba_cpu
+from rnnkern.cells import CELLS, Weights
+from rnnkern.layer import Operands, Settings
+from rnnkern.packing import pack
+from tests.tables import KERNEL_BACKENDS, TOLERANCES, Case, relative_rms
+
+every_cell = pytest.mark.parametrize("cell", CELLS)
+
+
+def draw_layer(cell: str, sizes: tuple[int, int, int, int], directions: int, packed: bool, proj_size: int = 0) -> Layer:
+    """A layer's call with random operands in float64; packed lengths are spread over 1..T, with T among them."""
+    T, B, I, H = sizes  # noqa: E741
+    spec, P = CELLS[cell], proj_size or H
+    rows = len(spec.gates) * H
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64)
+
+    def weight(*shape: int) -> Tensor:
+        return draw(*shape) / H**0.5
+
+    weights = tuple(
+        Weights(weight(rows, I), weight(rows, P), weight(rows), weight(rows), weight(P, H) if proj_size else None)
+        for _ in range(directions)
+    )
+    batch_sizes, x = None, draw(T, B, I)
+    if packed:
+        packing = pack(torch.tensor([1 + (T - 1) * (b * 5 % B) // max(B - 1, 1) if b else T for b in range(B)]), T)
+        batch_sizes, x = packing.batch_sizes, packing.gather(x)
+    return Layer(spec, x, draw(directions, B, P), draw(directions, B, H) if spec.has_c else None, weights, batch_sizes, False)
+
+
+# T, B, I, H: ones, primes, sizes on both sides of a vector and of a tile
+SIZES = [(1, 1, 1, 1), (3, 1, 7, 5), (4, 13, 5, 17), (2, 33, 1, 8), (5, 3, 31, 67), (4, 6, 129, 9)]
+
+
+@every_cell
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.usefixtures("nan_buffers")
+def test_kernels_against_the_oracle(cell: str, sizes: tuple[int, int, int, int], directions: int, packed: bool) -> None:
+    for proj_size in (0, (sizes[3] + 1) // 2) if cell == "lstm" and sizes[3] > 1 else (0,):
+        check_kernels(draw_layer(cell, sizes, directions, packed, proj_size))
+
+
+def check_kernels(call: Layer) -> None:
+    """Every number that a sweep gives, forward, and backward from all incoming gradients and from each alone."""
+    limit = TOLERANCES[torch.float64]
+    expected = reference.forward(call)
+    found = numba_cpu.forward(call, save=True)
+    for name in expected._fields:
+        own, theirs = getattr(found, name), getattr(expected, name)
+        assert own is theirs is None or relative_rms(own, theirs) < limit.forward, name
+    inference = numba_cpu.forward(call, save=False)
+    assert torch.equal(inference.y, found.y)
+    assert inference.gates is None
+    incoming = [None if t is None else torch.randn_like(t) for t in (expected.y, expected.h_n, expected.c_n)]
+    for only in (None, *range(call.cell.states + 1)):
+        given = [g if only in (None, i) else None for i, g in enumerate(incoming)]
+        wanted = reference.backward(call, expected, *given)
+        got = numba_cpu.backward(call, expected, *given)
+        for name in wanted._fields:
+            own, theirs = getattr(got, name), getattr(wanted, name)
+            assert own is theirs is None or relative_rms(own, theirs) < limit.gradient, f"{name}, given {only}"
+
+
+@every_cell
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("projected", [False, True], ids=["", "projected"])
+def test_oracle_backward_against_autograd(cell: str, directions: int, packed: bool, projected: bool) -> None:
+    """The backward written by hand is the derivative of the forward."""
+    if projected and cell != "lstm":
+        pytest.skip("only an LSTM projects")
+    call = draw_layer(cell, (6, 5, 3, 4), directions, packed, proj_size=3 if projected else 0)
+    weights = [t for w in call.weights for t in w if t is not None]
+    leaves = [t.requires_grad_() for t in (call.x, call.h0, call.c0, *weights) if t is not None]
+    needs = [t is not None for t in (call.x, call.h0, call.c0, *weights)]
+    settings = Settings(cell, "reference", False)
+    operands = Operands(call.x, call.h0, call.c0, tuple(weights), None, call.batch_sizes)
+    prepared, packing = layer_calls.prepare(settings, operands)
+    results = [t for t in layer_calls.finish(operands, packing, reference.forward(prepared)) if t is not None]
+    incoming = [torch.randn_like(t) for t in results]
+    expected = torch.autograd.grad(results, leaves, incoming)
+    with torch.no_grad():
+        saved = layer_calls.forward(settings, operands, save=True)
+        found = layer_calls.backward(settings, operands, saved, [*incoming, None][:3], needs)
+    assert len(found) == len(expected)
+    for own, theirs in zip(found, expected, strict=True):
+        assert relative_rms(own, theirs) < TOLERANCES[torch.float64].gradient
+
+
+def one_step(cell: str, backend: str, pre_x: list[float], pre_h: list[float], h: float, c: float) -> tuple[Any, ...]:
+    """h and c after a step of one unit with these pre-activations, and the gradients of h's sum for (b_ih, b_hh, h0, c0).
+
+    x = 2 and W_ih = 0.25, so b_ih is pre_x - 0.5; W_hh = 0.5, so b_hh is pre_h - h/2.
+    """
+    spec = CELLS[cell]
+
+    def column(*values: float) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, requires_grad=True)
+
+    gates = len(spec.gates)
+    b_ih, b_hh = column(*(v - 0.5 for v in pre_x)), column(*(v - h / 2 for v in pre_h))
+    w_ih, w_hh = (torch.full((gates, 1), value, dtype=torch.float64) for value in (0.25, 0.5))
+    x, h0, c0 = torch.tensor([[2.0]], dtype=torch.float64), column(h), column(c)
+    function = getattr(rnnkern.functional, cell.partition("_")[0])
+    options = {"nonlinearity": cell[4:]} if cell.startswith("rnn") else {}
+    hx = (h0.view(1, 1), c0.view(1, 1)) if spec.has_c else h0.view(1, 1)
+    output, finals = function(x, hx, [[w_ih, w_hh, b_ih, b_hh]], backend=backend, **options)
+    output.sum().backward()
+    return output.item(), finals[1].item() if spec.has_c else None, b_ih.grad, b_hh.grad, h0.grad, c0.grad
+
+
+def check_step(found: tuple[Any, ...], *expected: Any) -> None:
+    for own, wanted in zip(found, expected, strict=True):
+        if wanted is None:
+            assert own is None
+        else:
+            assert (own.tolist() if isinstance(own, Tensor) else own) == pytest.approx(wanted, rel=1e-14, abs=1e-16)
+
+
+# By hand: sigmoid(ln 3) = 3/4, sigmoid(-ln 3) = 1/4, tanh(ln 2) = (4 - 1)/(4 + 1) = 3/5.
+LN2, LN3 = log(2), log(3)
+each_backend = pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+
+
+@each_backend
+def test_lstm_by_hand(backend: str) -> None:
+    # i = 0.75, f = 0.25, g = 0.6, o = 0.75; with c' = 4 ln 2 - 1.8:  c = 0.25 c' + 0.75*0.6 = ln 2 - 0.45 + 0.45 = ln 2
+    # h = 0.75*tanh(ln 2) = 0.75*0.6 = 0.45
+    # dh = 1:  dc = 0.75*(1 - 0.36) = 0.48
+    #   di = 0.48*0.6*0.75*0.25 = 0.054        df = 0.48*c'*0.25*0.75 = 0.09 c'
+    #   dg = 0.48*0.75*(1 - 0.36) = 0.2304     do = 0.6*0.75*0.25 = 0.1125
+    #   dh' = 0.5*(0.054 + 0.09 c' + 0.2304 + 0.1125) = 0.5*(0.3969 + 0.09 c')      dc' = 0.48*0.25 = 0.12
+    c = 4 * LN2 - 1.8
+    found = one_step("lstm", backend, [LN3 - 0.3, -LN3 + 0.1, LN2 + 0.2, LN3], [0.3, -0.1, -0.2, 0.0], h=0.2, c=c)
+    d = [0.054, 0.09 * c, 0.2304, 0.1125]
+    check_step(found, 0.45, LN2, d, d, [0.5 * (0.3969 + 0.09 * c)], [0.12])
+
+
+@each_backend
+def test_gru_by_hand(backend: str) -> None:
+    # r = 0.75, z = 0.25; gh_n = 0.4, gx_n = ln 2 - 0.3:  n = tanh(ln 2 - 0.3 + 0.75*0.4) = 0.6
+    # h = 0.75*0.6 + 0.25*0.2 = 0.5
+    # dh = 1:  dn = 0.75*(1 - 0.36) = 0.48;  dr = 0.48*0.4*0.75*0.25 = 0.036;  dz = (0.2 - 0.6)*0.25*0.75 = -0.075
+    #   of gh_n: 0.48*0.75 = 0.36;  dh' = 0.25 + 0.5*(0.036 - 0.075 + 0.36) = 0.4105
+    found = one_step("gru", backend, [LN3 - 0.3, -LN3 + 0.1, LN2 - 0.3], [0.3, -0.1, 0.4], h=0.2, c=0.0)
+    check_step(found, 0.5, None, [0.036, -0.075, 0.48], [0.036, -0.075, 0.36], [0.4105], None)
+
+
+@each_backend
+def test_rnn_tanh_by_hand(backend: str) -> None:
+    # h = tanh(ln 2) = 0.6;  d = 1 - 0.36 = 0.64;  dh' = 0.5*0.64 = 0.32
+    check_step(one_step("rnn_tanh", backend, [LN2 - 0.3], [0.3], h=0.2, c=0.0), 0.6, None, [0.64], [0.64], [0.32], None)
+
+
+@each_backend
+def test_rnn_relu_by_hand(backend: str) -> None:
+    # h = relu(0.4 + 0.3) = 0.7, d = 1, dh' = 0.5;  h = relu(0.4 - 1.1) = 0, d = 0, dh' = 0
+    check_step(one_step("rnn_relu", backend, [0.4], [0.3], h=0.2, c=0.0), 0.7, None, [1.0], [1.0], [0.5], None)
+    check_step(one_step("rnn_relu", backend, [0.4], [-1.1], h=0.2, c=0.0), 0.0, None, [0.0], [0.0], [0.0], None)
+
+
+def test_every_cell_is_worked_out_by_hand() -> None:
+    assert all(f"test_{cell}_by_hand" in globals() for cell in CELLS)
+
+
+@every_cell
+@each_backend
+@pytest.mark.parametrize("rows", ["padded", "packed", "lengths"])
+def test_gradcheck(cell: str, backend: str, rows: str) -> None:
+    proj_size = 2 if cell == "lstm" else 0
+    case = Case(cell, T=3, B=2, I=2, H=3, bidirectional=True, hx=True, rows=rows, lengths=(2, 3), backend=backend, proj_size=proj_size)
+    module = case.module()
+    x, states = case.inputs()
+    names = [name for name, _ in module.named_parameters()]
+
+    def results(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        bound = Bound(module, dict(zip(names, rest[case.states :], strict=True)))
+        return tuple(case.call(bound, x, rest[: case.states])[1].values())
+
+    assert torch.autograd.gradcheck(results, (x, *states, *module.parameters()), fast_mode=backend == "reference" or rows != "padded")
+
+
+class Bound(nn.Module):
+    """A module called with other parameters than its own."""
+
+    __module__ = "rnnkern.bound"  # so that it is taken for one of rnnkern's
+
+    def __init__(self, module: nn.Module, parameters: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.inner, self.given = module, parameters
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(self.inner, self.given, args, kwargs)
+
+
+MIDDLE = {"T": 12, "B": 6, "I": 11, "H": 23, "hx": True}
+each_rows = pytest.mark.parametrize("rows", ["padded", "packed"])
+
+
+@every_cell
+@each_rows
+def test_large_weights(cell: str, rows: str) -> None:
+    """Twenty times the default, float32: at most three times the error of torch.nn against the same oracle."""
+    case = Case(cell, **MIDDLE, dtype=torch.float32, rows=rows, lengths=(12, 3, 7, 1, 9, 9))
+
+    def large(module: Any) -> Any:
+        with torch.no_grad():
+            for p in module.parameters():
+                p.mul_(20)
+        return module
+
+    oracle = case.run(large(case.module(torch.float64, "reference")))
+    ours, theirs = case.run(large(case.module())), case.run(large(case.torch_module()))
+    for limit, own, other, exact in zip(TOLERANCES[case.dtype], ours, theirs, oracle, strict=True):
+        for name, values in exact.items():
+            error, allowed = relative_rms(own[name], values), max(limit, 3 * relative_rms(other[name], values))
+            assert error <= allowed, f"{name}: {error:.2e}, allowed {allowed:.2e}"
+
+
+@every_cell
+@each_rows
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_small_inputs(cell: str, rows: str, dtype: torch.dtype) -> None:
+    """Inputs of 1e-4 without biases: nothing is lost to cancellation."""
+    case = Case(cell, **MIDDLE, dtype=dtype, rows=rows, lengths=(12, 3, 7, 1, 9, 9), bias=False)
+    outcomes = []
+    for module in (case.module(), case.torch_module(torch.float64)):
+        with torch.no_grad():
+            x, states = (1e-4 * t if isinstance(t, Tensor) else tuple(1e-4 * s for s in t) for t in case.inputs())
+            kind = module.weight_ih_l0.dtype
+            outcomes.append(case.call(module, x.to(kind), tuple(s.to(kind) for s in states))[1])
+    for name, values in outcomes[1].items():
+        assert 1e-9 < values.abs().mean() < 1e-3
+        assert relative_rms(outcomes[0][name], values) <= TOLERANCES[dtype].forward, name
+
+
+@every_cell
+@each_backend
+@pytest.mark.parametrize("rows", ["padded", "packed", "lengths"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("place", ["input", "h0", "c0", "weight"])
+def test_not_finite(cell: str, backend: str, rows: str, value: float, place: str) -> None:
+    """One number that is not finite reaches what it reaches in torch.nn, in results and gradients, and no other sequence."""
+    case = Case(cell, backend=backend, rows=rows, hx=True, bidirectional=True, bias=False)
+    if place == "c0" and not CELLS[cell].has_c:
+        pytest.skip("the cell has no c")
+    patterns = []
+    for module in (case.module(), case.torch_module()):
+        x, states = case.inputs()
+        with torch.no_grad():
+            if place == "input":
+                x[1, 1, 0] = value
+            elif place == "weight":
+                module.weight_hh_l0[2, 1] = value
+            else:
+                states["hc".index(place[0])][0, 1, 2] = value
+        _, results = case.call(module, x, states)
+        if place != "weight" and rows != "packed":
+            assert results["output"][:, 2].isfinite().all()
+        patterns.append({n: (r.isnan(), r.sgn() * r.isinf()) for n, r in results.items()})
+    for name, (nans, infs) in patterns[1].items():
+        assert torch.equal(patterns[0][name][0], nans), name
+        assert torch.equal(patterns[0][name][1][~nans], infs[~nans]), name
+    assert value is not torch.nan or any(nans.any() for nans, _ in patterns[1].values())
