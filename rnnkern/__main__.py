@@ -1,4 +1,5 @@
-"""`python -m rnnkern`: which backends this installation has, and why not the others. `--warm` compiles the CPU kernels beforehand."""
+"""`python -m rnnkern`: which backends this installation has, and why not the others. `--warm` compiles the CPU kernels
+beforehand."""
 
 import argparse
 import time
@@ -32,15 +33,29 @@ def warm(cells: list[str], dtypes: list[torch.dtype]) -> None:
             start = time.perf_counter()
             layer = modules[kind](1, 1, dtype=dtype, backend="numba", **options)
             layer(torch.zeros(1, 1, 1, dtype=dtype))[0].sum().backward()
-            print(f"{cell} {str(dtype).removeprefix('torch.')}: ready in {time.perf_counter() - start:.1f} s", flush=True)
-    print(f"kept in {CACHE_FOLDER}" if CACHE_FOLDER else "not kept: the cache folder is not writable; set RNNKERN_CACHE_DIR")
+            print(
+                f"{cell} {str(dtype).removeprefix('torch.')}: ready in {time.perf_counter() - start:.1f} s", flush=True
+            )
+    print(
+        f"kept in {CACHE_FOLDER}"
+        if CACHE_FOLDER
+        else "not kept: the cache folder is not writable; set RNNKERN_CACHE_DIR"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m rnnkern", description=__doc__)
     parser.add_argument("--warm", action="store_true", help="compile the kernels of the numba backend into its cache")
-    parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS), help="which cells to warm (default: all)")
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "float64"], default=["float32"], help="which dtypes (default: float32)")
+    parser.add_argument(
+        "--cells", nargs="+", choices=list(CELLS), default=list(CELLS), help="which cells to warm (default: all)"
+    )
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=["float32", "float64"],
+        default=["float32"],
+        help="which dtypes (default: float32)",
+    )
     options = parser.parse_args()
     if options.warm:
         warm(options.cells, [getattr(torch, name) for name in options.dtypes])

@@ -1,10 +1,12 @@
 """What torch sees of a layer call: two gradient-free operators, and the autograd Functions around them.
 
     LayerFunction            forward: rnnkern::layer            backward: LayerGradient
-    LayerGradient            forward: rnnkern::layer_backward   backward: recomputed through reference.py, any number of times
+    LayerGradient            forward: rnnkern::layer_backward   backward: recomputed through reference.py, any number of
+    times
 
-The operators exist for tracers (torch.compile, torch.export, FakeTensor, jit.trace): functional, with shapes known without running.
-In plain eager mode their bodies in layer.py are called directly, and without gradients the Functions are left out too.
+The operators exist for tracers (torch.compile, torch.export, FakeTensor, jit.trace): functional, with shapes known
+without running. In plain eager mode their bodies in layer.py are called directly, and without gradients the Functions
+are left out too.
 """
 
 from collections.abc import Sequence
@@ -21,7 +23,9 @@ from rnnkern.layer import Operands, Results, Settings
 _library = torch.library.Library("rnnkern", "DEF")
 _OPERANDS = "Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? batch_sizes"
 _SETTINGS = "str cell, str backend, bool batch_major"
-_library.define(f"layer({_SETTINGS}, {_OPERANDS}, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)")
+_library.define(
+    f"layer({_SETTINGS}, {_OPERANDS}, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
+)
 _library.define(
     f"layer_backward({_SETTINGS}, {_OPERANDS}, Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, "
     "Tensor? dy, Tensor? dh_n, Tensor? dc_n, bool[] needs) -> Tensor[]"
@@ -37,7 +41,9 @@ def _layer(cell: str, backend: str, batch_major: bool, x: Tensor, *rest: Any) ->
 def _layer_backward(cell: str, backend: str, batch_major: bool, x: Tensor, *rest: Any) -> list[Tensor]:
     operands, results, grads, needs = rest[:5], rest[5:10], rest[10:13], rest[13]
     with compat.without_autocast(x.device.type):
-        return layer.backward(Settings(cell, backend, batch_major), _operands(x, *operands), Results(*results), grads, needs)
+        return layer.backward(
+            Settings(cell, backend, batch_major), _operands(x, *operands), Results(*results), grads, needs
+        )
 
 
 def _operands(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor], *sizes: Tensor | None) -> Operands:
@@ -48,7 +54,9 @@ _library.impl("layer", _layer, "CompositeExplicitAutograd")
 _library.impl("layer_backward", _layer_backward, "CompositeExplicitAutograd")
 
 
-def _fake_rows(x: Tensor, shape: tuple[int, ...], lengths: Tensor | None, batch_major: bool, dtype: torch.dtype | None = None) -> Tensor:
+def _fake_rows(
+    x: Tensor, shape: tuple[int, ...], lengths: Tensor | None, batch_major: bool, dtype: torch.dtype | None = None
+) -> Tensor:
     """What layer.py gives for a row of `shape` in each step and sequence of x."""
     if x.dim() == 3 and batch_major and lengths is None:
         return x.new_empty(x.shape[1], x.shape[0], *shape, dtype=dtype).transpose(0, 1)
@@ -59,7 +67,7 @@ def _fake_state(state: Tensor) -> Tensor:
     return torch.empty_like(state, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("rnnkern::layer", lib=_library)
+@torch.library.register_fake("rnnkern::layer", lib=_library)  # type: ignore[untyped-decorator]
 def _layer_fake(
     cell: str,
     backend: str,
@@ -87,7 +95,7 @@ def _layer_fake(
     return y, _fake_state(h0), c_n, saved(len(spec.saved)), saved(int(spec.has_c))
 
 
-@torch.library.register_fake("rnnkern::layer_backward", lib=_library)
+@torch.library.register_fake("rnnkern::layer_backward", lib=_library)  # type: ignore[untyped-decorator]
 def _layer_backward_fake(
     cell: str,
     backend: str,
@@ -137,14 +145,20 @@ def _tensors(operands: Operands) -> tuple[Tensor | None, ...]:
 
 def _from_tensors(tensors: Sequence[Tensor | None]) -> Operands:
     lengths, batch_sizes, x, h0, c0, *weights = tensors
-    assert x is not None and h0 is not None
+    assert x is not None
+    assert h0 is not None
     return Operands(x, h0, c0, tuple(weights), lengths, batch_sizes)  # type: ignore[arg-type]
 
 
-def _vmap_loop(function: type[torch.autograd.Function], info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
-    """The rule for torch.func.vmap: one call for each element, results stacked. A sweep has no batch dimension to lend to weights."""
+def _vmap_loop(
+    function: type[torch.autograd.Function], info: Any, in_dims: Sequence[Any], *args: Any
+) -> tuple[Any, Any]:
+    """The rule for torch.func.vmap: one call for each element, results stacked. A sweep has no batch dimension to lend
+    to weights."""
     calls = [
-        function.apply(*(arg.select(dim, index) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True)))
+        function.apply(
+            *(arg.select(dim, index) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True))
+        )
         for index in range(info.batch_size)
     ]
     stacked = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
@@ -152,7 +166,8 @@ def _vmap_loop(function: type[torch.autograd.Function], info: Any, in_dims: Sequ
 
 
 class LayerFunction(torch.autograd.Function):
-    """(y, h_n, c_n, gates, cells) of a layer call; the last two, what backward saves, are returned so that second derivatives see them."""
+    """(y, h_n, c_n, gates, cells) of a layer call; the last two, what backward saves, are returned so that second
+    derivatives see them."""
 
     @staticmethod
     def forward(cell: str, backend: str, batch_major: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -173,7 +188,7 @@ class LayerFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         tensors, results = saved[: ctx.count], Results(*saved[ctx.count :])
         needs = tuple(ctx.needs_input_grad[5:])
-        nothing = (None,) * (3 + ctx.count)
+        nothing: tuple[None, ...] = (None,) * (3 + ctx.count)
         wanted = (grads[0], grads[1], grads[2] if tensors[4] is not None else None)
         if all(g is None for g in wanted) or not any(needs):
             return nothing
@@ -193,7 +208,9 @@ class LayerGradient(torch.autograd.Function):
     """The gradients that `needs` asks for. Its own derivative is that of the oracle, recomputed from the inputs."""
 
     @staticmethod
-    def forward(cell: str, backend: str, batch_major: bool, needs: tuple[bool, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        cell: str, backend: str, batch_major: bool, needs: tuple[bool, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         count = 2 + len(needs)
         results = Results(*tensors[count : count + 5])  # type: ignore[arg-type]
         settings = Settings(cell, backend, batch_major)
@@ -218,7 +235,11 @@ class LayerGradient(torch.autograd.Function):
 
 
 def _second_derivatives(
-    settings: Settings, needs: Sequence[bool], tensors: Sequence[Any], grads: Sequence[Any], cotangents: Sequence[Tensor]
+    settings: Settings,
+    needs: Sequence[bool],
+    tensors: Sequence[Any],
+    grads: Sequence[Any],
+    cotangents: Sequence[Tensor],
 ) -> list[Tensor | None]:
     """The gradients, for `tensors` and `grads`, of the pairing of a layer's gradients with `cotangents`."""
     sizes, inputs = tensors[:2], list(tensors[2:])
@@ -233,12 +254,12 @@ def _second_derivatives(
         return tuple(results[i] for i in given)  # type: ignore[misc]
 
     def gradients(*values: Tensor) -> tuple[Tensor, ...]:
-        _, pullback = torch.func.vjp(outputs, *values[: len(variable)])
+        pullback = torch.func.vjp(outputs, *values[: len(variable)])[1]
         found = pullback(values[len(variable) :])
         return tuple(g for i, g in zip(variable, found, strict=True) if needs[i])
 
     primals = [inputs[i] for i in variable] + [grads[i] for i in given]
-    _, pullback = torch.func.vjp(gradients, *primals)
+    pullback = torch.func.vjp(gradients, *primals)[1]
     second = iter(pullback(tuple(cotangents)))
     by_input = {i: next(second) for i in variable}
     by_grad = {i: next(second) for i in given}
@@ -260,7 +281,8 @@ def apply_layer(settings: Settings, operands: Operands) -> tuple[Tensor, Tensor,
             "such as torch.func.vjp or torch.func.jacrev, or torch.nn's modules through rnnkern.to_torch(model)"
         )
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    # torch.jit.trace cannot keep a Python Function in what it saves: it gets the operator, and torch warns of a backward through that.
+    # torch.jit.trace cannot keep a Python Function in what it saves: it gets the operator, and torch warns of a
+    # backward through that.
     if compat.in_transform() or (wanted and not compat.in_jit_trace()):
         y, h_n, c_n, _, _ = LayerFunction.apply(*settings, *tensors)
     else:

@@ -1,6 +1,6 @@
 """The table of cells: what distinguishes one from another, for every layer of the library. A new cell starts here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ class CellSpec:
 
     @property
     def states(self) -> int:
+        """How many states a step carries."""
         return 2 if self.has_c else 1
 
 
@@ -45,9 +46,14 @@ class Weights(NamedTuple):
     bias_hh: Tensor | None = None  # (G*H,)
     weight_hr: Tensor | None = None  # (P, H)
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Weights":
+        """The same weights, each that is there put through `change`."""
+        w_ih, w_hh, *optional = self
+        return Weights(change(w_ih), change(w_hh), *(None if w is None else change(w) for w in optional))  # type: ignore[arg-type]
+
 
 def named_weights(flat: Sequence[Tensor]) -> Weights:
-    """The weights of one layer and direction, from the order of torch.nn's `all_weights`: w_ih, w_hh, [b_ih, b_hh,] [w_hr]."""
+    """The weights of one direction from torch.nn's order, w_ih, w_hh, [b_ih, b_hh,] [w_hr]."""
     w_ih, w_hh, *rest = flat
     w_hr = rest.pop() if len(rest) % 2 else None
     b_ih, b_hh = rest or (None, None)

@@ -1,4 +1,5 @@
-"""Every check of what a caller passes, and every message. An error of a kind that torch.nn raises has the type that torch.nn gives it.
+"""Every check of what a caller passes, and every message. An error of a kind that torch.nn raises has the type that
+torch.nn gives it.
 
 A message names the argument, what was expected, what came, and what to do where that is not plain.
 """
@@ -29,18 +30,23 @@ def operands(cell: CellSpec, x: Tensor, h0: Tensor, c0: Tensor | None, weights: 
         }
         if w.weight_hr is None and hidden != outputs:
             raise RuntimeError(
-                f"weight_hh: expected ({gates}*H, H) for {cell.name}, got {_shape(w.weight_hh)}; with a projection give weight_hr too"
+                f"weight_hh: expected ({gates}*H, H) for {cell.name}, got {_shape(w.weight_hh)}; "
+                "with a projection give weight_hr too"
             )
         for name, tensor in w._asdict().items():
             if tensor is not None and _shape(tensor) != expected[name]:
-                raise RuntimeError(f"{name}: expected {expected[name]} beside weight_hh {_shape(w.weight_hh)}, got {_shape(tensor)}")
+                raise RuntimeError(
+                    f"{name}: expected {expected[name]} beside weight_hh {_shape(w.weight_hh)}, got {_shape(tensor)}"
+                )
             if tensor is not None:
                 _same_kind(name, tensor, x)
     states = [("h0", h0, outputs)] + ([("c0", c0, hidden)] if c0 is not None else [])
     for name, state, units in states:
         batch = x.shape[1] if x.dim() == 3 else h0.shape[1]
         if _shape(state) != (len(weights), batch, units):
-            raise RuntimeError(f"{name}: expected (directions, B, units) = {(len(weights), batch, units)}, got {_shape(state)}")
+            raise RuntimeError(
+                f"{name}: expected (directions, B, units) = {(len(weights), batch, units)}, got {_shape(state)}"
+            )
         _same_kind(name, state, x)
     if x.dim() == 3 and x.shape[0] == 0:
         raise RuntimeError("input: expected at least one step, got a sequence of length 0")
@@ -48,19 +54,28 @@ def operands(cell: CellSpec, x: Tensor, h0: Tensor, c0: Tensor | None, weights: 
 
 def _same_kind(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.dtype != x.dtype:
-        raise RuntimeError(f"{name}: expected dtype {x.dtype}, that of the input, got {tensor.dtype}; convert one of them with .to(dtype)")
+        raise RuntimeError(
+            f"{name}: expected dtype {x.dtype}, that of the input, got {tensor.dtype}; "
+            "convert one of them with .to(dtype)"
+        )
     if tensor.device != x.device:
-        raise RuntimeError(f"{name}: expected device {x.device}, that of the input, got {tensor.device}; move one of them with .to(device)")
+        raise RuntimeError(
+            f"{name}: expected device {x.device}, that of the input, got {tensor.device}; "
+            "move one of them with .to(device)"
+        )
 
 
 def batch_sizes(sizes: Tensor, rows: int, batch: int) -> None:
     """The batch_sizes of packed data: a sweep reads as many rows as they say."""
     if sizes.device.type != "cpu" or sizes.dtype != torch.int64 or sizes.dim() != 1 or sizes.numel() == 0:
-        raise RuntimeError(f"batch_sizes: expected a 1-D int64 tensor on the CPU, got {sizes.dtype} {_shape(sizes)} on {sizes.device}")
+        raise RuntimeError(
+            f"batch_sizes: expected a 1-D int64 tensor on the CPU, got {sizes.dtype} {_shape(sizes)} on {sizes.device}"
+        )
     if int(sizes[0]) != batch or int(sizes.sum()) != rows or int(sizes.min()) < 1 or bool((sizes.diff() > 0).any()):
         raise RuntimeError(
-            f"batch_sizes: expected a falling sequence of positive numbers from {batch} that adds up to the {rows} rows of data, "
-            f"got {sizes.tolist()}; build the PackedSequence with torch.nn.utils.rnn.pack_padded_sequence"
+            f"batch_sizes: expected a falling sequence of positive numbers from {batch} that adds up to the "
+            f"{rows} rows of data, got {sizes.tolist()}; "
+            "build the PackedSequence with torch.nn.utils.rnn.pack_padded_sequence"
         )
 
 
@@ -75,11 +90,16 @@ def length_values(lengths: Tensor, steps: int) -> None:
 def lengths(given: object, batch: int) -> Tensor:
     """The argument `lengths` of a batched, padded call, as int64."""
     if not isinstance(given, Tensor):
-        raise TypeError(f"lengths: expected an int64 tensor of shape (B,) = ({batch},), got {type(given).__name__}; use torch.tensor(lengths)")
+        raise TypeError(
+            f"lengths: expected an int64 tensor of shape (B,) = ({batch},), got {type(given).__name__}; "
+            "use torch.tensor(lengths)"
+        )
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
         raise TypeError(f"lengths: expected dtype int64, got {given.dtype}")
     if given.dim() != 1 or given.shape[0] != batch:
-        raise ValueError(f"lengths: expected shape (B,) = ({batch},), one length for each sequence, got {_shape(given)}")
+        raise ValueError(
+            f"lengths: expected shape (B,) = ({batch},), one length for each sequence, got {_shape(given)}"
+        )
     return given.to(torch.int64)
 
 
@@ -97,7 +117,10 @@ def input_rank(input: Tensor, ranks: tuple[int, int], who: str) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"{who}: input: expected a tensor or a PackedSequence, got {type(input).__name__}")
     if input.dim() not in ranks:
-        raise ValueError(f"{who}: input: expected {ranks[0]}-D (unbatched) or {ranks[1]}-D, got {input.dim()}-D of shape {_shape(input)}")
+        raise ValueError(
+            f"{who}: input: expected {ranks[0]}-D (unbatched) or {ranks[1]}-D, "
+            f"got {input.dim()}-D of shape {_shape(input)}"
+        )
 
 
 def input_kind(input: Tensor, weight: Tensor, who: str) -> None:
@@ -115,7 +138,10 @@ def input_kind(input: Tensor, weight: Tensor, who: str) -> None:
 
 def packed_rank(data: Tensor, who: str) -> None:
     if data.dim() != 2:
-        raise RuntimeError(f"{who}: the data of a PackedSequence: expected 2-D (rows, input_size), got {data.dim()}-D of shape {_shape(data)}")
+        raise RuntimeError(
+            f"{who}: the data of a PackedSequence: expected 2-D (rows, input_size), "
+            f"got {data.dim()}-D of shape {_shape(data)}"
+        )
 
 
 def states_rank(given: Sequence[Tensor], rank: int, who: str) -> None:
@@ -123,7 +149,9 @@ def states_rank(given: Sequence[Tensor], rank: int, who: str) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{who}: {name}: expected a {rank}-D tensor, got {type(tensor).__name__}")
         if tensor.dim() != rank:
-            raise RuntimeError(f"{who}: {name}: expected {rank}-D beside this input, got {tensor.dim()}-D of shape {_shape(tensor)}")
+            raise RuntimeError(
+                f"{who}: {name}: expected {rank}-D beside this input, got {tensor.dim()}-D of shape {_shape(tensor)}"
+            )
 
 
 def nonlinearity(name: object) -> None:
@@ -152,9 +180,13 @@ def cell_states_rank(given: Sequence[Tensor], rank: int, who: str) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{who}: {name}: expected a {rank}-D tensor, got {type(tensor).__name__}")
         if tensor.dim() not in (1, 2):
-            raise ValueError(f"{who}: {name}: expected 1-D (unbatched) or 2-D, got {tensor.dim()}-D of shape {_shape(tensor)}")
+            raise ValueError(
+                f"{who}: {name}: expected 1-D (unbatched) or 2-D, got {tensor.dim()}-D of shape {_shape(tensor)}"
+            )
         if tensor.dim() != rank:
-            raise RuntimeError(f"{who}: {name}: expected {rank}-D beside this input, got {tensor.dim()}-D of shape {_shape(tensor)}")
+            raise RuntimeError(
+                f"{who}: {name}: expected {rank}-D beside this input, got {tensor.dim()}-D of shape {_shape(tensor)}"
+            )
 
 
 def cell_input(input: Tensor, weight: Tensor, who: str) -> None:

@@ -6,7 +6,6 @@ from torch import nn
 
 from rnnkern import modules
 
-
 # Each of torch.nn's classes and its counterpart here.
 COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTM: modules.LSTM,
@@ -24,8 +23,8 @@ _OWN_ATTRIBUTES = ("backend",)
 def convert(model: nn.Module) -> nn.Module:
     """Replaces every ``torch.nn`` LSTM, GRU, RNN and cell inside ``model`` by rnnkern's, in place.
 
-    The new modules hold the very Parameters of the old (so an optimizer goes on working), their hooks, training mode and requires_grad. A
-    module that occurs twice is replaced by one. Nothing is drawn from a random generator.
+    The new modules hold the very Parameters of the old (so an optimizer goes on working), their hooks, training mode
+    and requires_grad. A module that occurs twice is replaced by one. Nothing is drawn from a random generator.
 
     Args:
         model: any module. Recurrent modules of rnnkern in it stay as they are.
@@ -35,14 +34,16 @@ def convert(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: a module inside is a subclass of torch.nn's that rnnkern cannot know. Nothing has been changed then.
-        ValueError: a module's parameters are not torch.nn's (parametrised, pruned, the old weight_norm or spectral_norm): convert before
+        ValueError: a module's parameters are not torch.nn's (parametrised, pruned, the old weight_norm or
+        spectral_norm): convert before
             such a change is made, or undo it first. Nothing has been changed then.
     """
     return _replace_all(model, COUNTERPARTS, _check_torch)
 
 
 def to_torch(model: nn.Module) -> nn.Module:
-    """Replaces every rnnkern module inside ``model`` by ``torch.nn``'s, in place: `convert` undone, for export, scripting or quantisation.
+    """Replaces every rnnkern module inside ``model`` by ``torch.nn``'s, in place: `convert` undone, for export,
+    scripting or quantisation.
 
     Args, returns and errors as for :func:`convert`, with the two sides exchanged.
     """
@@ -60,8 +61,8 @@ def _check_parameters(name: str, module: nn.Module) -> None:
     if nn.utils.parametrize.is_parametrized(module) or set(module._parameters) != _parameter_names(module):
         found = sorted(dict(module.named_parameters()))
         raise ValueError(
-            f"{name}: expected the parameters of a plain {type(module).__name__}, got {found}: it is parametrised or pruned; "
-            "remove that first, convert, and apply it again. Nothing was changed"
+            f"{name}: expected the parameters of a plain {type(module).__name__}, got {found}: "
+            "it is parametrised or pruned; remove that first, convert, and apply it again. Nothing was changed"
         )
 
 
@@ -71,8 +72,9 @@ def _check_torch(name: str, module: nn.Module) -> None:
         return
     if type(module) not in COUNTERPARTS and not nn.utils.parametrize.is_parametrized(module):
         raise TypeError(
-            f"{name}: {type(module).__module__}.{type(module).__qualname__} is a subclass of torch.nn's {type(module).__mro__[1].__name__}, "
-            "whose forward rnnkern does not know; replace it by hand. Nothing was changed"
+            f"{name}: {type(module).__module__}.{type(module).__qualname__} is a subclass of "
+            f"torch.nn's {type(module).__mro__[1].__name__}, whose forward rnnkern does not "
+            "know; replace it by hand. Nothing was changed"
         )
     _check_parameters(name, module)
 
@@ -80,12 +82,19 @@ def _check_torch(name: str, module: nn.Module) -> None:
 def _check_own(name: str, module: nn.Module) -> None:
     if isinstance(module, tuple(COUNTERPARTS.values())):
         if type(module) not in COUNTERPARTS.values() and not nn.utils.parametrize.is_parametrized(module):
-            raise TypeError(f"{name}: {type(module).__qualname__} is a subclass of rnnkern's; replace it by hand. Nothing was changed")
+            raise TypeError(
+                f"{name}: {type(module).__qualname__} is a subclass of rnnkern's; "
+                "replace it by hand. Nothing was changed"
+            )
         _check_parameters(name, module)
 
 
-def _replace_all(model: nn.Module, to: dict[type[nn.Module], type[nn.Module]], check: Callable[[str, nn.Module], None]) -> nn.Module:
-    found = [(name or "the model itself", module) for name, module in model.named_modules() if isinstance(module, _RECURRENT)]
+def _replace_all(
+    model: nn.Module, to: dict[type[nn.Module], type[nn.Module]], check: Callable[[str, nn.Module], None]
+) -> nn.Module:
+    found = [
+        (name or "the model itself", module) for name, module in model.named_modules() if isinstance(module, _RECURRENT)
+    ]
     for name, module in found:
         check(name, module)
     replacement = {id(module): _rebuild(module, to[type(module)]) for _, module in found if type(module) in to}
@@ -97,7 +106,8 @@ def _replace_all(model: nn.Module, to: dict[type[nn.Module], type[nn.Module]], c
 
 
 def _rebuild(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """A module of `kind` with everything that `module` holds. Built on the meta device, so that it draws no random number."""
+    """A module of `kind` with everything that `module` holds. Built on the meta device, so that it draws no random
+    number."""
     sizes = (1, 1)
     new = kind(*sizes, device="meta")
     own = {name: getattr(new, name) for name in _OWN_ATTRIBUTES if hasattr(new, name)}

@@ -1,11 +1,11 @@
 """Recurrent layers as functions, for those who hold the weights themselves; the modules call these.
 
-Layers x directions, dropout between layers, packed and padded sequences, batch_first, unbatched input and autocast are settled here:
-below, `rnnkern.autograd.apply_layer` sees one layer, time first.
+Layers x directions, dropout between layers, packed and padded sequences, batch_first, unbatched input and autocast are
+settled here: below, `rnnkern.autograd.apply_layer` sees one layer, time first.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,12 +53,13 @@ def _in_autocast(stack: _Stack, input: Tensor, hx: States | None) -> tuple[_Stac
     def cast(t: Tensor) -> Tensor:
         return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
-    weights = [Weights(*(None if t is None else cast(t) for t in w)) for w in stack.weights]
+    weights = [w.map(cast) for w in stack.weights]
     return stack._replace(weights=weights), cast(input), None if hx is None else tuple(map(cast, hx))
 
 
 def _dropout(stack: _Stack, x: Tensor) -> Tensor:
-    """Dropout of x (T, B, n) or (N, n), drawn in this order whatever the layout in memory: the same mask as torch.nn's for a seed."""
+    """Dropout of x (T, B, n) or (N, n), drawn in this order whatever the layout in memory: the same mask as torch.nn's
+    for a seed."""
     if stack.batch_first:
         return x * drop(torch.ones_like(x, memory_format=torch.contiguous_format), stack.dropout, training=True)
     return drop(x, stack.dropout, training=True)
@@ -187,13 +188,17 @@ def lstm(
 
     Args:
         input: (T, B, I), (B, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
-        hx: (h0, c0) of shapes (layers*directions, B, P) and (layers*directions, B, H), without B when unbatched; None for zeros.
-        weights: for each layer and direction ``[w_ih (4H, I), w_hh (4H, P), b_ih (4H,), b_hh (4H,), w_hr (P, H)]``, biases and
-            projection optional: ``torch.nn.LSTM.all_weights``. P is H, or the size of the projection. Gate order i, f, g, o.
+        hx: (h0, c0) of shapes (layers*directions, B, P) and (layers*directions, B, H), without B when unbatched; None
+        for zeros.
+        weights: for each layer and direction ``[w_ih (4H, I), w_hh (4H, P), b_ih (4H,), b_hh (4H,), w_hr (P, H)]``,
+        biases and
+            projection optional: ``torch.nn.LSTM.all_weights``. P is H, or the size of the projection. Gate order i, f,
+            g, o.
         bidirectional: ``weights`` hold two directions for each layer.
         batch_first: the batch is the first dimension of input and output.
         dropout: probability for the outputs of each layer but the last, drawn when ``training``.
-        lengths: (B,) int64, 1 <= length <= T, in any order: the result of packing, without packing. Outputs past a length are zero,
+        lengths: (B,) int64, 1 <= length <= T, in any order: the result of packing, without packing. Outputs past a
+        length are zero,
             the final states are those of each sequence's own last step.
         backend: "auto", or one that ``python -m rnnkern`` lists.
 
@@ -202,7 +207,8 @@ def lstm(
 
     Raises:
         ValueError: input of another rank or dtype, lengths out of range, an unknown backend.
-        RuntimeError: sizes, dtypes or devices that do not fit each other, a sequence of length 0, a backend that cannot run here.
+        RuntimeError: sizes, dtypes or devices that do not fit each other, a sequence of length 0, a backend that cannot
+        run here.
 
     Source: Hochreiter and Schmidhuber 1997; Gers et al. 2000; projection: Sak et al. 2014.
     """
@@ -276,7 +282,8 @@ def rnn(
 
     .. math:: h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
 
-    or the relu of the same (``nonlinearity="relu"``). Arguments, results and errors as for :func:`lstm`, with one state, h.
+    or the relu of the same (``nonlinearity="relu"``). Arguments, results and errors as for :func:`lstm`, with one
+    state, h.
 
     Source: Elman 1990.
     """

@@ -1,4 +1,5 @@
-"""One layer's call around a backend: rows brought into its form, results brought back, gradients of weights by matrix products.
+"""One layer's call around a backend: rows brought into its form, results brought back, gradients of weights by matrix
+products.
 
 What autograd wraps (rnnkern/autograd.py) and what every backend shares. T steps, B sequences, I inputs,
 H units, P outputs a direction, D directions, N = T*B rows or as many as are packed.
@@ -36,9 +37,11 @@ class Operands(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What a layer call gives. The last two are what backward needs: in the dtype computed in, empty when nothing is saved.
+    """What a layer call gives. The last two are what backward needs: in the dtype computed in, empty when nothing is
+    saved.
 
-    With `lengths`, only the first sum(lengths) of their T*B rows are in use, so that their size does not depend on the lengths.
+    With `lengths`, only the first sum(lengths) of their T*B rows are in use, so that their size does not depend on the
+    lengths.
     """
 
     y: Tensor  # (T, B, D*P) or (N, D*P)
@@ -51,7 +54,9 @@ class Results(NamedTuple):
 def prepare(settings: Settings, operands: Operands) -> tuple[Layer, Packing | None]:
     """The backend's view of the call, in the dtype to compute in; with lengths the rows are packed. Differentiable."""
     directions = operands.h0.shape[0]
-    checks.operands(CELLS[settings.cell], operands.x, operands.h0, operands.c0, split_directions(operands.weights, directions))
+    checks.operands(
+        CELLS[settings.cell], operands.x, operands.h0, operands.c0, split_directions(operands.weights, directions)
+    )
     x, h0, c0, batch_sizes, packing = operands.x, operands.h0, operands.c0, operands.batch_sizes, None
     if operands.lengths is not None:
         packing = pack(operands.lengths.cpu(), x.shape[0])
@@ -115,7 +120,8 @@ def _flat(layer: Layer, rows: Tensor) -> Tensor:
 
 
 def _previous(layer: Layer, y: Tensor, d: int) -> Tensor:
-    """The state that met W_hh of direction d in each row, (N, P): the output one step before in its direction, h0 at its start."""
+    """The state that met W_hh of direction d in each row, (N, P): the output one step before in its direction, h0 at
+    its start."""
     h, h0 = y.narrow(-1, d * layer.outputs, layer.outputs), layer.h0[d]
     if layer.batch_sizes is not None:
         return torch.cat([h, h0]).index_select(0, previous_rows(layer.batch_sizes, reverse=d == 1).to(h.device))
@@ -127,7 +133,9 @@ def _previous(layer: Layer, y: Tensor, d: int) -> Tensor:
     return _flat(layer, previous)
 
 
-def _weight_gradients(layer: Layer, saved: States, gradients: Gradients, needed: tuple[Weights, ...]) -> list[Tensor | None]:
+def _weight_gradients(
+    layer: Layer, saved: States, gradients: Gradients, needed: tuple[Weights, ...]
+) -> list[Tensor | None]:
     """The gradients of all weights that `needed` (true where wanted) asks for, direction after direction."""
     results: list[Tensor | None] = []
     inputs = _flat(layer, layer.x)
@@ -149,7 +157,9 @@ def _recurrent_bias_gradient(layer: Layer, dgh: Tensor, of_bias_ih: Tensor | Non
 
 def _projection_gradient(layer: Layer, saved: States, gradients: Gradients, d: int) -> Tensor:
     """dW_hr (P, H) = dp^T m, with the unprojected m = o tanh(c) formed again from what was saved."""
-    assert saved.gates is not None and saved.cells is not None and gradients.dp is not None
+    assert saved.gates is not None
+    assert saved.cells is not None
+    assert gradients.dp is not None
     o = saved.gates.select(-2, d).narrow(-1, layer.cell.saved.index("o") * layer.hidden, layer.hidden)
     m = o * saved.cells.select(-2, d).tanh()
     return _flat(layer, gradients.dp.select(-2, d)).t() @ _flat(layer, m)

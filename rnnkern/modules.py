@@ -1,7 +1,8 @@
 """LSTM, GRU, RNN and their cells: torch.nn's parameters, initialisation, state_dict and repr, rnnkern's computation.
 
-The layers derive from torch.nn.RNNBase, not from torch.nn.LSTM: TorchDynamo refuses every instance of torch.nn.LSTM, GRU and RNN.
-Weights are read by attribute at each call, so that parametrisations, weight tying and torch.func.functional_call are seen.
+The layers derive from torch.nn.RNNBase, not from torch.nn.LSTM: TorchDynamo refuses every instance of torch.nn.LSTM,
+GRU and RNN. Weights are read by attribute at each call, so that parametrisations, weight tying and
+torch.func.functional_call are seen.
 """
 
 from typing import Any, NoReturn, overload
@@ -18,8 +19,8 @@ from rnnkern.functional import BACKEND_NAMES, States, one_state, run
 from rnnkern.layer import Operands, Settings
 
 NO_SCRIPT = (
-    "torch.jit.script cannot compile rnnkern.{}; script the model with torch.nn's own modules, rnnkern.to_torch(model), "
-    "or use torch.compile or torch.export"
+    "torch.jit.script cannot compile rnnkern.{}; script the model with torch.nn's own modules, "
+    "rnnkern.to_torch(model), or use torch.compile or torch.export"
 )
 
 
@@ -36,7 +37,7 @@ class _Shared(torch.nn.Module):
         return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__.setdefault("backend", "auto")
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -77,15 +78,20 @@ class LSTM(_Layers):
         c_t = f * c_{t-1} + i * g, \quad h_t = o * \tanh(c_t)
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as in ``torch.nn.LSTM``,
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as in
+        ``torch.nn.LSTM``,
             with the same parameters, names, shapes and initialisation.
-        backend: "auto" (the fastest for the device of the input), or one that ``python -m rnnkern`` lists: it runs, or raises.
+        backend: "auto" (the fastest for the device of the input), or one that ``python -m rnnkern`` lists: it runs, or
+        raises.
 
     Call with:
-        input: (T, B, I), (B, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence; in the dtype of the weights.
-        hx: (h0, c0) of shapes (layers*directions, B, P) and (layers*directions, B, H); without B when unbatched; zeros if left out.
+        input: (T, B, I), (B, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence; in the dtype of the
+        weights.
+        hx: (h0, c0) of shapes (layers*directions, B, P) and (layers*directions, B, H); without B when unbatched; zeros
+        if left out.
             P is H, or proj_size.
-        lengths: (B,) int64, 1 <= length <= T, in any order, for padded input: outputs past a length are zero, the final states are each
+        lengths: (B,) int64, 1 <= length <= T, in any order, for padded input: outputs past a length are zero, the final
+        states are each
             sequence's own, and the reverse direction starts at its end. Not with a PackedSequence, not unbatched.
 
     Returns:
@@ -114,10 +120,21 @@ class LSTM(_Layers):
         backend: str = "auto",
     ) -> None:
         super().__init__(
-            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype, backend=backend
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+            backend=backend,
         )
 
-    @overload  # type: ignore[override]
+    @overload
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
@@ -137,11 +154,15 @@ class LSTM(_Layers):
 class _OneState(_Layers):
     """The layers whose cell carries h alone."""
 
-    @overload  # type: ignore[override]
-    def forward(self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
     @overload
-    def forward(self, input: PackedSequence, hx: Tensor | None = None, *, lengths: None = None) -> tuple[PackedSequence, Tensor]: ...
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None, *, lengths: None = None
+    ) -> tuple[PackedSequence, Tensor]: ...
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None
@@ -156,7 +177,8 @@ class GRU(_OneState):
     .. math:: r, z = \sigma(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), \quad
         n = \tanh(W_{in} x_t + b_{in} + r * (W_{hn} h_{t-1} + b_{hn})), \quad h_t = (1 - z) * n + z * h_{t-1}
 
-    Arguments, call, results and errors as for :class:`LSTM`, without proj_size and with one state: hx is h0, and h_n is returned.
+    Arguments, call, results and errors as for :class:`LSTM`, without proj_size and with one state: hx is h0, and h_n is
+    returned.
 
     Source: Cho et al. 2014, with the reset gate applied after the product, as torch.nn.GRU and cuDNN have it.
     """
@@ -178,7 +200,18 @@ class GRU(_OneState):
     ) -> None:
         checks.no_projection(proj_size)
         super().__init__(
-            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype, backend=backend
+            "GRU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+            backend=backend,
         )
 
 
@@ -213,27 +246,33 @@ class RNN(_OneState):
         self.nonlinearity = nonlinearity
         mode = CELLS[f"rnn_{nonlinearity}"].mode
         super().__init__(
-            mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype, backend=backend
+            mode,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+            backend=backend,
         )
 
 
 def _cell_in_autocast(
     spec: CellSpec, dtype: torch.dtype, input: Tensor, hx: States, weights: Weights
 ) -> tuple[Tensor, States, Weights]:
-    """All in one dtype, as torch's cells choose it under autocast: that of the state (c, which rounding at every step would spoil), but
-    the autocast dtype for a plain RNN."""
+    """All in one dtype, as torch's cells choose it under autocast: that of the state (c, which rounding at every step
+    would spoil), but the autocast dtype for a plain RNN."""
     plain = spec.mode.startswith("RNN") and hx[-1].dtype != torch.float64
     dtype = dtype if plain else hx[-1].dtype
-    return input.to(dtype), tuple(s.to(dtype) for s in hx), Weights(*(None if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
+    return input.to(dtype), tuple(s.to(dtype) for s in hx), weights.map(lambda w: w.to(dtype))
 
 
-class _Cell(_Shared):
+class _Cell(_Shared, torch.nn.RNNCellBase):
     """The part of a *Cell module that does not depend on its cell: one step, which is a sequence of length 1."""
-
-    weight_ih: Tensor
-    weight_hh: Tensor
-    bias_ih: Tensor | None
-    bias_hh: Tensor | None
 
     def _step(self, cell: str, input: Tensor, hx: States | None) -> States:
         who, spec = type(self).__name__, CELLS[cell]
@@ -259,7 +298,8 @@ class _Cell(_Shared):
 
 
 class LSTMCell(_Cell, torch.nn.LSTMCell):
-    """One step of an LSTM in place of ``torch.nn.LSTMCell``: input (B, I) or (I,), hx (h, c) of (B, H) or (H,), returns (h, c).
+    """One step of an LSTM in place of ``torch.nn.LSTMCell``: input (B, I) or (I,), hx (h, c) of (B, H) or (H,), returns
+    (h, c).
 
     The equation, the backends and the errors are those of :class:`LSTM`. B = 0 works.
     """
@@ -307,7 +347,8 @@ class GRUCell(_Cell, torch.nn.GRUCell):
 
 
 class RNNCell(_Cell, torch.nn.RNNCell):
-    """One step of a plain RNN in place of ``torch.nn.RNNCell``: input (B, I) or (I,), hx (B, H) or (H,), returns the new h.
+    """One step of a plain RNN in place of ``torch.nn.RNNCell``: input (B, I) or (I,), hx (B, H) or (H,), returns the
+    new h.
 
     The equation, the backends and the errors are those of :class:`RNN`. B = 0 works.
     """

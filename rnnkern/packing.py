@@ -1,4 +1,5 @@
-"""Padded sequences of different lengths as packed rows, and back: the rows that exist, step after step, longest sequence first.
+"""Padded sequences of different lengths as packed rows, and back: the rows that exist, step after step, longest
+sequence first.
 
 Rows of step t are rows starts[t] to starts[t] + batch_sizes[t], as in torch.nn.utils.rnn.PackedSequence.
 """
@@ -56,7 +57,8 @@ def positions(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def previous_rows(batch_sizes: Tensor, reverse: bool) -> Tensor:
-    """For each packed row, the row of the same sequence at the step swept before; N + b where that is the initial state of sequence b."""
+    """For each packed row, the row of the same sequence at the step swept before; N + b where that is the initial state
+    of sequence b."""
     starts = torch.cumsum(batch_sizes, 0) - batch_sizes
     step, sequence = positions(batch_sizes)
     before = step + 1 if reverse else step - 1

@@ -1,17 +1,21 @@
 """The oracle: every cell's step, the sweep over a sequence, and its backward written out by hand, in plain torch.
 
-Slow, and meant to be read: any device, any dtype, differentiable any number of times. Every kernel is tested against it, and second
-derivatives go through it (rnnkern/autograd.py).
+Slow, and meant to be read: any device, any dtype, differentiable any number of times. Every kernel is tested against
+it, and second derivatives go through it (rnnkern/autograd.py).
 
-A step takes the pre-activations gx = W_ih x_t + b_ih and gh = W_hh h_{t-1} + b_hh, (B, G*H) each. With * elementwise, s the sigmoid:
+A step takes the pre-activations gx = W_ih x_t + b_ih and gh = W_hh h_{t-1} + b_hh, (B, G*H) each. With * elementwise, s
+the sigmoid:
 
-    LSTM   i, f, o = s(gx + gh),  g = tanh(gx + gh)     c = f*c' + i*g      h = o*tanh(c)      Hochreiter 1997, Gers 2000
-    GRU    r, z = s(gx + gh),  n = tanh(gx_n + r*gh_n)  h = (1-z)*n + z*h'                     Cho 2014, as in cuDNN (reset after)
+    LSTM   i, f, o = s(gx + gh),  g = tanh(gx + gh)     c = f*c' + i*g      h = o*tanh(c)      Hochreiter 1997, Gers
+    2000
+    GRU    r, z = s(gx + gh),  n = tanh(gx_n + r*gh_n)  h = (1-z)*n + z*h'                     Cho 2014, as in cuDNN
+    (reset after)
     RNN    h = tanh(gx + gh)  or  relu(gx + gh)                                                Elman 1990
 
 (' marks the value of the step before.) Backward, with s' = s(1-s) and tanh' = 1 - tanh^2 in terms of the outputs:
 
-    LSTM   dc += dh*o*(1-tanh(c)^2);  di = dc*g*i(1-i);  df = dc*c'*f(1-f);  dg = dc*i*(1-g^2);  do = dh*tanh(c)*o(1-o);  dc' = dc*f
+    LSTM   dc += dh*o*(1-tanh(c)^2);  di = dc*g*i(1-i);  df = dc*c'*f(1-f);  dg = dc*i*(1-g^2);  do = dh*tanh(c)*o(1-o);
+     dc' = dc*f
     GRU    dn = dh*(1-z)*(1-n^2);  dr = dn*gh_n*r(1-r);  dz = dh*(h'-n)*z(1-z);  of gh_n: dn*r;  straight to h': dh*z
     RNN    dh*(1-h^2)  or  dh where h > 0
 
@@ -77,7 +81,9 @@ class Around(NamedTuple):
 def step_backward(cell: CellSpec, at: Around, dh: Tensor, dc: Tensor | None) -> StepGradients:
     """The gradients of a step from those of its h and c."""
     if cell.name == "lstm":
-        assert at.c is not None and at.c_prev is not None and dc is not None
+        assert at.c is not None
+        assert at.c_prev is not None
+        assert dc is not None
         i, f, g, o = at.saved
         tanh_c = at.c.tanh()
         dc = dc + dh * o * (1 - tanh_c**2)
@@ -100,7 +106,8 @@ def step_backward(cell: CellSpec, at: Around, dh: Tensor, dc: Tensor | None) -> 
 
 
 class _Grid:
-    """Rows of a layer call as padded (T, B, ...), and back. In a packed call `active` (T, B, 1) tells which elements exist."""
+    """Rows of a layer call as padded (T, B, ...), and back. In a packed call `active` (T, B, 1) tells which elements
+    exist."""
 
     def __init__(self, layer: Layer) -> None:
         self.at: tuple[Tensor, Tensor] | None = None
@@ -203,7 +210,15 @@ class SweepGradients(NamedTuple):
 
 
 def sweep_backward(
-    cell: CellSpec, grid: _Grid, saved: Sweep, w: Weights, start: tuple[Tensor, Tensor | None], dy: Tensor, dh: Tensor, dc: Tensor | None, reverse: bool
+    cell: CellSpec,
+    grid: _Grid,
+    saved: Sweep,
+    w: Weights,
+    start: tuple[Tensor, Tensor | None],
+    dy: Tensor,
+    dh: Tensor,
+    dc: Tensor | None,
+    reverse: bool,
 ) -> SweepGradients:
     """All steps of one direction, last to first; `start` is (h0, c0), dh and dc those of the final states."""
     dgx, dgh, dp = {}, {}, {}
@@ -224,8 +239,8 @@ def sweep_backward(
         dh = grid.keep(t, g.direct + g.dgh @ w.weight_hh, dh)
         if dc is not None and g.dc is not None:
             dc = grid.keep(t, g.dc, dc)
-    stacked = [torch.stack([part[t] for t in range(grid.steps)]) for part in (dgx, dgh, dp)]
-    return SweepGradients(*stacked, dh, dc)
+    all_dgx, all_dgh, all_dp = (torch.stack([part[t] for t in range(grid.steps)]) for part in (dgx, dgh, dp))
+    return SweepGradients(all_dgx, all_dgh, all_dp, dh, dc)
 
 
 def backward(layer: Layer, saved: States, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None) -> Gradients:
@@ -239,12 +254,21 @@ def backward(layer: Layer, saved: States, dy: Tensor | None, dh_n: Tensor | None
     parts = []
     for d, w in enumerate(layer.weights):
         columns = slice(d * layer.outputs, (d + 1) * layer.outputs)
-        direction = Sweep(y[..., columns], dh_n[d], None, None if gates is None else gates[:, :, d], None if cells is None else cells[:, :, d])
+        direction = Sweep(
+            y[..., columns],
+            dh_n[d],
+            None,
+            None if gates is None else gates[:, :, d],
+            None if cells is None else cells[:, :, d],
+        )
         start = (layer.h0[d], None if layer.c0 is None else layer.c0[d])
         dc = None if dc_n is None else dc_n[d]
-        parts.append(sweep_backward(layer.cell, grid, direction, w, start, dy[..., columns], dh_n[d], dc, reverse=d == 1))
+        parts.append(
+            sweep_backward(layer.cell, grid, direction, w, start, dy[..., columns], dh_n[d], dc, reverse=d == 1)
+        )
     dgx, dgh, dp = (_join(grid, [getattr(p, name) for p in parts], 2, stack=True) for name in ("dgx", "dgh", "dp"))
-    assert dgx is not None and dgh is not None
+    assert dgx is not None
+    assert dgh is not None
     return Gradients(
         dgx,
         dgh if layer.cell.separate else dgx,

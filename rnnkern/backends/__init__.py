@@ -1,8 +1,8 @@
 """The contract of a backend, and the registry of those that this installation has.
 
-A backend computes the recurrence of one layer, both directions in one call, forward and backward. It does not know autograd, autocast or
-the order of a user's dimensions: `rnnkern/layer.py` brings every call into the form of `Layer`, and turns `Gradients` into the gradients
-of input and weights by matrix products that all backends share.
+A backend computes the recurrence of one layer, both directions in one call, forward and backward. It does not know
+autograd, autocast or the order of a user's dimensions: `rnnkern/layer.py` brings every call into the form of `Layer`,
+and turns `Gradients` into the gradients of input and weights by matrix products that all backends share.
 """
 
 from collections.abc import Callable
@@ -18,20 +18,24 @@ from rnnkern.cells import CellSpec, Weights
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a layer of `dtype` is computed and its activations are saved in: operands are converted to it, results back."""
+    """The dtype that a layer of `dtype` is computed and its activations are saved in: operands are converted to it,
+    results back."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's call. T steps, B sequences, I inputs, H units, P outputs a direction (H, or proj_size), D directions."""
+    """One layer's call. T steps, B sequences, I inputs, H units, P outputs a direction (H, or proj_size), D
+    directions."""
 
     cell: CellSpec
     x: Tensor  # (T, B, I) of any strides; or, with batch_sizes, packed rows (N, I)
     h0: Tensor  # (D, B, P)
     c0: Tensor | None  # (D, B, H) where the cell has it
     weights: tuple[Weights, ...]  # one for each direction
-    batch_sizes: Tensor | None  # (T,) int64 on the CPU, falling: how many rows each step has; the longest sequence is row 0
+    batch_sizes: (
+        Tensor | None
+    )  # (T,) int64 on the CPU, falling: how many rows each step has; the longest sequence is row 0
     batch_major: bool  # (T, B, ...) results are laid out in memory as (B, T, ...), as the input is
 
     @property
@@ -43,7 +47,8 @@ class Layer:
         return self.weights[0].weight_hh.shape[1]
 
     def rows(self, *shape: int) -> Tensor:
-        """An uninitialised buffer with a row of `shape` for each step and sequence: (T, B, *shape), or (N, *shape) when packed."""
+        """An uninitialised buffer with a row of `shape` for each step and sequence: (T, B, *shape), or (N, *shape) when
+        packed."""
         if self.batch_major and self.batch_sizes is None:
             steps, batch = self.x.shape[:2]
             return self.x.new_empty(batch, steps, *shape).transpose(0, 1)
@@ -64,7 +69,7 @@ class Gradients(NamedTuple):
     """What a backward sweep gives, rows as in the input."""
 
     dgx: Tensor  # (..., D, G*H): of the input pre-activation W_ih x + b_ih
-    dgh: Tensor  # (..., D, G*H): of the recurrent pre-activation W_hh h + b_hh; dgx itself unless the cell keeps them apart
+    dgh: Tensor  # (..., D, G*H): of the recurrent pre-activation W_hh h + b_hh; dgx itself where it is the same
     dp: Tensor | None  # (..., D, P): of the projected state, with proj_size
     dh0: Tensor  # (D, B, P)
     dc0: Tensor | None  # (D, B, H)
@@ -76,7 +81,9 @@ class Backend(Protocol):
     def forward(self, layer: Layer, save: bool) -> States:
         """Runs the sweep; `save` keeps what backward needs."""
 
-    def backward(self, layer: Layer, saved: States, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None) -> Gradients:
+    def backward(
+        self, layer: Layer, saved: States, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None
+    ) -> Gradients:
         """Runs the sweep back from the gradients of the results (None: zero)."""
 
 
@@ -101,14 +108,16 @@ def _numba_obstacle() -> str | None:
         import numba
     except ImportError as error:
         return f"numba cannot be imported: {error}"
-    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+    if numba.config.DISABLE_JIT:
         return "NUMBA_DISABLE_JIT is set, and the kernels exist only compiled"
     return None
 
 
 BACKENDS: dict[str, Entry] = {
     "numba": Entry("rnnkern.backends.numba_cpu", _numba_version, _numba_obstacle, ("cpu",)),
-    "cuda": Entry("rnnkern.backends.cuda", lambda: "none", lambda: "this version of rnnkern has no CUDA kernels yet", ("cuda",)),
+    "cuda": Entry(
+        "rnnkern.backends.cuda", lambda: "none", lambda: "this version of rnnkern has no CUDA kernels yet", ("cuda",)
+    ),
     "reference": Entry("rnnkern.backends.reference", lambda: f"torch {torch.__version__}", lambda: None, None),
 }
 
@@ -138,12 +147,13 @@ def _warn_fallback(device_type: str, reason: str) -> None:
 
 @cache
 def _load(name: str) -> Backend:
-    module: Backend = import_module(BACKENDS[name].module)  # type: ignore[assignment]
+    module: Backend = import_module(BACKENDS[name].module)
     return module
 
 
 def select(name: str, device: torch.device) -> Backend:
-    """The backend called `name` for tensors on `device`: it, or an error; "auto" says once where it must take a slower way."""
+    """The backend called `name` for tensors on `device`: it, or an error; "auto" says once where it must take a slower
+    way."""
     if name == "auto":
         name = AUTO.get(device.type, FALLBACK)
         reason = obstacle(name, device)
@@ -152,5 +162,8 @@ def select(name: str, device: torch.device) -> Backend:
             name = FALLBACK
     reason = obstacle(name, device)
     if reason is not None:
-        raise RuntimeError(f"backend={name!r} cannot run this layer: {reason}; use backend='auto' or one that `python -m rnnkern` lists")
+        raise RuntimeError(
+            f"backend={name!r} cannot run this layer: {reason}; "
+            "use backend='auto' or one that `python -m rnnkern` lists"
+        )
     return _load(name)

@@ -1,4 +1,5 @@
-"""The CPU backend: packs the weights of a call, lays out its buffers, and runs the compiled sweeps over shares of the batch."""
+"""The CPU backend: packs the weights of a call, lays out its buffers, and runs the compiled sweeps over shares of the
+batch."""
 
 import logging
 import threading
@@ -59,7 +60,7 @@ class _Call:
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
         self.zero = _zero(layer.x)
-        self.item = self.zero.itemsize
+        self.item = layer.x.element_size()
         self.lanes = VECTOR_BYTES // self.item
         self.directions = len(layer.weights)
         self.batch = layer.h0.shape[1]
@@ -104,7 +105,9 @@ class _Call:
     def shares(self, multiply_adds_per_row: int) -> Iterator[tuple[int, int, int]]:
         """(direction, first, last): the rows of each task, as many real steps in one as in another."""
         threads = torch.get_num_threads()
-        steps_of_row = (self.counts[:, None] > np.arange(self.batch)).sum(0) if self.layer.batch_sizes is not None else None
+        steps_of_row = (
+            (self.counts[:, None] > np.arange(self.batch)).sum(0) if self.layer.batch_sizes is not None else None
+        )
         total = int(self.counts.sum())
         worth = max(1, total * multiply_adds_per_row * self.directions // WORTH_A_THREAD)
         parts = max(1, min(-(-min(threads, worth) // self.directions), self.batch))
@@ -148,7 +151,8 @@ def _state(tensor: Tensor | None, d: int) -> Tensor | None:
 
 
 def _biases(weights: Weights, separate: bool) -> tuple[Tensor, Tensor | None]:
-    """The bias that the input product starts from, and the one for the recurrent product where the cell keeps them apart."""
+    """The bias that the input product starts from, and the one for the recurrent product where the cell keeps them
+    apart."""
     if weights.bias_ih is None or weights.bias_hh is None:
         zeros = weights.weight_ih.new_zeros(weights.weight_ih.shape[0])
         return zeros, zeros if separate else None

@@ -1,14 +1,23 @@
 """The cells on vectors of units. `reference.py` has the same equations and their derivation in plain torch.
 
-A forward cell reads its pre-activations, gate by gate `spacing` bytes apart, at `gx` and `gh` (the same address where the cell adds the
-two; `spec.separate` in rnnkern/cells.py), updates the carried `c` in place, saves what backward needs unless `gates` is 0, and returns
-the new hidden units. A backward cell turns `dh`, the gradient of those units, into the gradients of the pre-activations and returns the
-part of dh that reaches h_{t-1} past the product with W_hh. Saved gates and their gradients lie `slot` bytes apart; `count` units are real.
+A forward cell reads its pre-activations, gate by gate `spacing` bytes apart, at `gx` and `gh` (the same address where
+the cell adds the two; `spec.separate` in rnnkern/cells.py), updates the carried `c` in place, saves what backward needs
+unless `gates` is 0, and returns the new hidden units. A backward cell turns `dh`, the gradient of those units, into the
+gradients of the pre-activations and returns the part of dh that reaches h_{t-1} past the product with W_hh. Saved gates
+and their gradients lie `slot` bytes apart; `count` units are real.
 """
 
 from rnnkern.backends.numba_cpu.gates import sigmoid, tanh
 from rnnkern.backends.numba_cpu.jit import inlined
-from rnnkern.backends.numba_cpu.vector import broadcast, load, load_part, positive_part, store, store_part, where_positive
+from rnnkern.backends.numba_cpu.vector import (
+    broadcast,
+    load,
+    load_part,
+    positive_part,
+    store,
+    store_part,
+    where_positive,
+)
 
 
 @inlined

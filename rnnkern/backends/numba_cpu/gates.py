@@ -1,11 +1,13 @@
-"""The nonlinearities on vectors, from one range reduction: no table, no branch, one division each, and NaN travels through.
+"""The nonlinearities on vectors, from one range reduction: no table, no branch, one division each, and NaN travels
+through.
 
-x = n ln2 + r with |r| <= ln2 / 2, so exp(x) = 2^n exp(r), and expm1(x) = 2^n expm1(r) + (2^n - 1) which keeps small x exact:
+x = n ln2 + r with |r| <= ln2 / 2, so exp(x) = 2^n exp(r), and expm1(x) = 2^n expm1(r) + (2^n - 1) which keeps small x
+exact:
 
     sigmoid(x) = 1 / (1 + exp(-x))              tanh(x) = expm1(2x) / (expm1(2x) + 2)
 
-expm1(r) is its Taylor polynomial, cut where the next term falls under the dtype's rounding: error in ulp in tests/test_numba_gates.py.
-tanh saturates to exactly +-1; sigmoid stays within [exp(-LIMIT), 1].
+expm1(r) is its Taylor polynomial, cut where the next term falls under the dtype's rounding: error in ulp in
+tests/test_numba_gates.py. tanh saturates to exactly +-1; sigmoid stays within [exp(-LIMIT), 1].
 """
 
 import math
@@ -17,10 +19,16 @@ from numba.core.extending import overload
 from rnnkern.backends.numba_cpu.vector import clamp, fma, nearest_power
 
 _LOG2_E = 1.0 / math.log(2.0)
-# 1/k! for k = 2 up to the last term, ln2 in two parts (the first short enough that n times it is exact), and where to saturate:
-# exp(EXP_LIMIT) is finite, and expm1(TANH_LIMIT) + 2 rounds to expm1(TANH_LIMIT).
+# 1/k! for k = 2 up to the last term, ln2 in two parts (the first short enough that n times it is exact), and where to
+# saturate: exp(EXP_LIMIT) is finite, and expm1(TANH_LIMIT) + 2 rounds to expm1(TANH_LIMIT).
 _F32 = (tuple(1.0 / math.factorial(k) for k in range(7, 1, -1)), 0.693359375, -2.12194440e-4, 87.0, 20.0)
-_F64 = (tuple(1.0 / math.factorial(k) for k in range(14, 1, -1)), 6.93145751953125e-1, 1.42860682030941723212e-6, 708.0, 42.0)
+_F64 = (
+    tuple(1.0 / math.factorial(k) for k in range(14, 1, -1)),
+    6.93145751953125e-1,
+    1.42860682030941723212e-6,
+    708.0,
+    42.0,
+)
 
 
 def _constants(x):

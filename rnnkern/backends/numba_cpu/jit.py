@@ -1,8 +1,9 @@
 """How kernels are compiled and cached.
 
-Numba's cache of a kernel looks at the kernel's own file alone: an edit to a file it imports would be answered by the old machine code. So
-the cache folder carries a hash of every source here and of Numba's version. Kernels are module-level functions, since a closure misses
-the cache. With nothing writable, kernels are compiled anew in each process, which is said once.
+Numba's cache of a kernel looks at the kernel's own file alone: an edit to a file it imports would be answered by the
+old machine code. So the cache folder carries a hash of every source here and of Numba's version. Kernels are
+module-level functions, since a closure misses the cache. With nothing writable, kernels are compiled anew in each
+process, which is said once.
 """
 
 import hashlib
@@ -52,13 +53,14 @@ def _usable_folder() -> Path | None:
 
 CACHE_FOLDER = _usable_folder()
 
-# fmuladd is written where it is wanted, and no other rewriting of floating-point code is allowed: NaN, infinities and order are kept.
+# fmuladd is written where it is wanted, and no other rewriting of floating-point code is allowed: NaN, infinities and
+# order are kept.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 # Inlined by LLVM: for short functions.
 inlined: Callable[..., Any] = numba.njit(forceinline=True, **_OPTIONS)
-# Inlined by Numba before it types the kernel: for the parts of a sweep. Numba optimises each function together with all that it calls, so
-# a chain of functions around the tile would compile the tile's code once for every link.
+# Inlined by Numba before it types the kernel: for the parts of a sweep. Numba optimises each function together with all
+# that it calls, so a chain of functions around the tile would compile the tile's code once for every link.
 woven: Callable[..., Any] = numba.njit(inline="always", **_OPTIONS)
 # For code so large that one copy of it in a kernel is enough.
 shared: Callable[..., Any] = numba.njit(**_OPTIONS)

@@ -23,7 +23,8 @@ class Weight(NamedTuple):
 
 @kernel
 def pack(weight, per_panel, target, zero):
-    """Writes `weight` as panels (depth, gates, vectors, lanes), at most `per_panel` vectors each; units past the last are zero."""
+    """Writes `weight` as panels (depth, gates, vectors, lanes), at most `per_panel` vectors each; units past the last
+    are zero."""
     lanes, item = vector_lanes(zero), item_bytes(zero)
     vectors = (weight.units + lanes - 1) // lanes
     panel = target

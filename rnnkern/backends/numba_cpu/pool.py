@@ -1,7 +1,7 @@
 """The threads that run sweeps: as wide as torch's own setting, made anew after a fork and when that setting grows.
 
-Each task is a whole sweep over its share of the batch, so threads meet once, at the end. Numba's own parallel layers are not used: its
-workqueue aborts the process on concurrent calls, and its OpenMP layer kills forked children.
+Each task is a whole sweep over its share of the batch, so threads meet once, at the end. Numba's own parallel layers
+are not used: its workqueue aborts the process on concurrent calls, and its OpenMP layer kills forked children.
 """
 
 import os

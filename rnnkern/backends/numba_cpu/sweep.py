@@ -1,22 +1,28 @@
-"""The two recurrent sweeps of one direction of a layer, over a range of batch rows; the cell is a parameter, compiled in.
+"""The two recurrent sweeps of one direction of a layer, over a range of batch rows; the cell is a parameter, compiled
+in.
 
-Memory. T steps, B rows, I inputs, H units, P outputs (H, or proj_size), lanes units a vector; everything in the dtype of `zero`.
+Memory. T steps, B rows, I inputs, H units, P outputs (H, or proj_size), lanes units a vector; everything in the dtype
+of `zero`.
 
-    x, y, gates, cells, d*   `Rows`: row b of step t lies at base + t*step + (starts[t] + b)*row. A padded layout has starts = 0; packed
-                             rows have step = 0 and starts = the row where step t begins. counts[t] rows take part in step t: the
-                             sequences are sorted by length, longest first, so that they are always the first rows.
+    x, y, gates, cells, d*   `Rows`: row b of step t lies at base + t*step + (starts[t] + b)*row. A padded layout has
+    starts = 0; packed
+                             rows have step = 0 and starts = the row where step t begins. counts[t] rows take part in
+                             step t: the sequences are sorted by length, longest first, so that they are always the
+                             first rows.
     w_*                      packed panels (tile.py)
-    h (2,B,W) c (B,W) ...    carried in the caller's workspace, W = units rounded up to whole panels, so that no load there needs a mask
+    h (2,B,W) c (B,W) ...    carried in the caller's workspace, W = units rounded up to whole panels, so that no load
+    there needs a mask
 
-A thread runs a whole sweep over rows [first, last) and shares nothing it writes: no barrier. Forward takes the steps in the order of its
-direction, and so do the counts fall (rows leave, their state goes to h_n) or rise (rows join, their state is still h0). For each panel
-and tile of rows, both products go into `scratch` (in L1) and through the cell. h is double-buffered, since the other panels of a step
-still read the old one. Backward takes the steps in the opposite order:
+A thread runs a whole sweep over rows [first, last) and shares nothing it writes: no barrier. Forward takes the steps in
+the order of its direction, and so do the counts fall (rows leave, their state goes to h_n) or rise (rows join, their
+state is still h0). For each panel and tile of rows, both products go into `scratch` (in L1) and through the cell. h is
+double-buffered, since the other panels of a step still read the old one. Backward takes the steps in the opposite
+order:
 
     dh += dy_t;  (dgx_t, dgh_t, dc, direct) = cell'(dh, dc, saved_t);  dh = direct + dgh_t W_hh
 
-with dh starting as dh_n and ending as dh0, for rows that join and leave as well. With a projection h = m W_hr^T the products in between
-are dm = dh W_hr, and `dp` keeps dh for the gradient of W_hr.
+with dh starting as dh_n and ending as dh0, for rows that join and leave as well. With a projection h = m W_hr^T the
+products in between are dm = dh W_hr, and `dp` keeps dh for the gradient of W_hr.
 """
 
 from typing import NamedTuple
@@ -116,7 +122,8 @@ def tile_height(rows, most):
 
 @inlined
 def copy_in(target, source, units, zero):
-    """`units` numbers into a workspace row, zeros behind them to the end of the vector; all zeros where there is no source."""
+    """`units` numbers into a workspace row, zeros behind them to the end of the vector; all zeros where there is no
+    source."""
     lanes, item = vector_lanes(zero), item_bytes(zero)
     for u in range(0, units, lanes):
         store(target + u * item, broadcast(zero) if source == 0 else load_part(source + u * item, zero, units - u))
@@ -175,10 +182,34 @@ def forward_step(a, t, start, rows, first, h_old, h_new, scratch, gates, separat
             gx = scratch
             gh = scratch + MAX_ROWS[columns] * scratch_row if separate else scratch
             x = row_at(a.x, t, start, first + b)
-            tile(height, columns, x, a.x.row, a.w_ih + before * a.inputs, a.inputs, a.b_x + before, 0, gx, scratch_row, zero)
+            tile(
+                height,
+                columns,
+                x,
+                a.x.row,
+                a.w_ih + before * a.inputs,
+                a.inputs,
+                a.b_x + before,
+                0,
+                gx,
+                scratch_row,
+                zero,
+            )
             sum_from, sum_row = (a.b_h + before, 0) if separate else (gx, scratch_row)
             h = h_old + b * a.h.row
-            tile(height, columns, h, a.h.row, a.w_hh + before * a.outputs, a.outputs, sum_from, sum_row, gh, scratch_row, zero)
+            tile(
+                height,
+                columns,
+                h,
+                a.h.row,
+                a.w_hh + before * a.outputs,
+                a.outputs,
+                sum_from,
+                sum_row,
+                gh,
+                scratch_row,
+                zero,
+            )
             for j in range(height * width):
                 r, unit = b + j // width, (v + j % width) * lanes
                 at, count = unit * item, a.hidden - unit
@@ -186,7 +217,9 @@ def forward_step(a, t, start, rows, first, h_old, h_new, scratch, gates, separat
                 saved = row_at(a.gates, t, start, first + r) + at if a.gates.base != 0 else 0
                 cells = row_at(a.cells, t, start, first + r) + at
                 c = a.c.base + (first + r) * a.c.row + at
-                out = cell(gx + in_tile, gh + in_tile, spacing, saved, slot, cells, c, h_old + r * a.h.row + at, count, zero)
+                out = cell(
+                    gx + in_tile, gh + in_tile, spacing, saved, slot, cells, c, h_old + r * a.h.row + at, count, zero
+                )
                 if a.w_hr != 0:
                     store(a.m.base + (first + r) * a.m.row + at, out)
                 else:
@@ -256,7 +289,9 @@ def backward_step(a, s, t, start, first, rows, cell, zero):
     slot = a.hidden * item
     t_prev = step_order(a.steps, a.reverse, s - 1) if s > 0 else t
     start_prev = load_int(a.starts + 8 * t_prev)
-    continuing = rows_in(a, t_prev, first, first + rows) if s > 0 else 0  # the rows whose previous state is a step's, not h0
+    continuing = (
+        rows_in(a, t_prev, first, first + rows) if s > 0 else 0
+    )  # the rows whose previous state is a step's, not h0
     incoming = a.dm if a.w_hr != 0 else a.dh
     for r in range(rows):
         b = first + r

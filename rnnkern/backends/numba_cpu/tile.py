@@ -1,14 +1,15 @@
 """The matrix tile: rows of A times one packed panel of weights, accumulated in registers, written as LLVM vector code.
 
-A panel is the part of a weight matrix that belongs to some vectors of units (`lanes` units a vector), all gates of them side by side,
-so that a tile's result holds every gate of the units that a cell then needs:
+A panel is the part of a weight matrix that belongs to some vectors of units (`lanes` units a vector), all gates of them
+side by side, so that a tile's result holds every gate of the units that a cell then needs:
 
     panel (K, gates, vectors, lanes)     K the reduction: I, H, or G*H in backward
     a weight packed: panels one behind the other, the last one with as many vectors as are left; units past H are zero
 
-The tile of R rows and V vectors computes C (R, V*lanes) = C0 + A (R, K) @ panel with R*V accumulators. For each k it loads V vectors
-and R scalars for R*V multiply-adds, so R is as large as the registers allow: R*V + V + 1 <= REGISTERS. Each element of C is summed in
-the order of k whatever the tile, so a row's result depends neither on its neighbours nor on how the batch was split over threads.
+The tile of R rows and V vectors computes C (R, V*lanes) = C0 + A (R, K) @ panel with R*V accumulators. For each k it
+loads V vectors and R scalars for R*V multiply-adds, so R is as large as the registers allow: R*V + V + 1 <= REGISTERS.
+Each element of C is summed in the order of k whatever the tile, so a row's result depends neither on its neighbours nor
+on how the batch was split over threads.
 """
 
 from typing import NamedTuple
@@ -29,7 +30,8 @@ from rnnkern.backends.numba_cpu.vector import (
 )
 
 MAX_VECTORS = 4  # in a panel; more would leave too few rows in the registers
-# The most rows of a tile, by the vectors of its panel. With 16 registers the panel's vectors are read as memory operands.
+# The most rows of a tile, by the vectors of its panel. With 16 registers the panel's vectors are read as memory
+# operands.
 MAX_ROWS = (0, 8, 8, 8, 6) if REGISTERS == 32 else (0, 6, 6, 4, 3)
 
 
@@ -81,7 +83,10 @@ def _emit_tile(builder, vector, rows, vectors, at):
     row_of_panel = builder.mul(k, _number(vectors * VECTOR_BYTES))
     weights = [load(at.panel, builder.add(row_of_panel, _number(column * VECTOR_BYTES))) for column in range(vectors)]
     elements = [splat(builder, element(a_row, k), vector.lanes) for a_row in a_rows]
-    new = {(row, column): multiply_add(builder, vector, elements[row], weights[column], sums[row, column]) for row, column in grid}
+    new = {
+        (row, column): multiply_add(builder, vector, elements[row], weights[column], sums[row, column])
+        for row, column in grid
+    }
     following = builder.add(k, _number(1))
     for phi, first, later in [(k, _number(0), following), *((sums[rc], start[rc], new[rc]) for rc in grid)]:
         phi.add_incoming(first, entry)
@@ -125,7 +130,8 @@ def _tile(typingctx, rows, vectors, a, a_row, panel, depth, c0, c0_row, c, c_row
 
 @shared
 def tile(rows, vectors, a, a_row, panel, depth, c0, c0_row, c, c_row, zero):
-    """C (rows, vectors*lanes) = C0 + A (rows, depth) @ panel, for 1 <= vectors <= MAX_VECTORS and 1 <= rows <= MAX_ROWS[vectors].
+    """C (rows, vectors*lanes) = C0 + A (rows, depth) @ panel, for 1 <= vectors <= MAX_VECTORS and 1 <= rows <=
+    MAX_ROWS[vectors].
 
     a, panel, c0 and c are addresses, the *_row strides count bytes (a stride of 0 repeats one row); C may be C0.
     """

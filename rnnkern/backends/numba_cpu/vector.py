@@ -1,8 +1,9 @@
-"""A SIMD vector as a Numba type, so that cells and gates read as arithmetic and compile to the widest instructions of this machine.
+"""A SIMD vector as a Numba type, so that cells and gates read as arithmetic and compile to the widest instructions of
+this machine.
 
-`vector_lanes(zero)` elements of one dtype live in a register: 64 bytes of it with AVX-512, 32 with AVX, 16 elsewhere (SSE2, NEON).
-Addresses are plain integers, strides are counted by the caller. `zero`, a scalar 0 of the wanted dtype, tells float32 from float64.
-Compare, minimum and maximum forms that lose NaN are left out on purpose: `clamp` keeps it.
+`vector_lanes(zero)` elements of one dtype live in a register: 64 bytes of it with AVX-512, 32 with AVX, 16 elsewhere
+(SSE2, NEON). Addresses are plain integers, strides are counted by the caller. `zero`, a scalar 0 of the wanted dtype,
+tells float32 from float64. Compare, minimum and maximum forms that lose NaN are left out on purpose: `clamp` keeps it.
 """
 
 import operator
@@ -74,7 +75,8 @@ def llvm_suffix(vector):
 
 
 def multiply_add(builder, vector, a, b, c):
-    """a * b + c: fused where the machine has it, two roundings where not (a call into libm would cost more than the sweep)."""
+    """a * b + c: fused where the machine has it, two roundings where not (a call into libm would cost more than the
+    sweep)."""
     return call_llvm(builder, f"llvm.fmuladd.{llvm_suffix(vector)}", ir_vector(vector), a, b, c)
 
 
@@ -139,7 +141,9 @@ def fma(typingctx, a, b, c):
 
     def codegen(context, builder, sig, args):
         operands = [
-            value if isinstance(kind, VectorType) else splat(builder, context.cast(builder, value, kind, vector.scalar), vector.lanes)
+            value
+            if isinstance(kind, VectorType)
+            else splat(builder, context.cast(builder, value, kind, vector.scalar), vector.lanes)
             for value, kind in zip(args, sig.args, strict=True)
         ]
         return multiply_add(builder, vector, *operands)
@@ -184,10 +188,12 @@ def where_positive(typingctx, test, v):
 
 @intrinsic
 def nearest_power(typingctx, v, log2_of_base):
-    """(n, 2^n) for n = v * log2_of_base rounded to the nearest integer; |n| must stay under 126 (float32) or 1022 (float64).
+    """(n, 2^n) for n = v * log2_of_base rounded to the nearest integer; |n| must stay under 126 (float32) or 1022
+    (float64).
 
-    Adding 1.5 * 2^mantissa rounds to an integer and leaves it, biased, in the low bits, from where a shift makes it the exponent. No
-    conversion to an integer is asked of a NaN, which LLVM leaves undefined: garbage bits here meet the NaN of the remainder later.
+    Adding 1.5 * 2^mantissa rounds to an integer and leaves it, biased, in the low bits, from where a shift makes it the
+    exponent. No conversion to an integer is asked of a NaN, which LLVM leaves undefined: garbage bits here meet the NaN
+    of the remainder later.
     """
     mantissa, bias = _FORMAT[v.scalar]
     pair = types.UniTuple(v, 2)
@@ -230,7 +236,9 @@ def store(typingctx, address, v):
 def _lanes_below(builder, vector, count):
     """The mask of the first `count` lanes."""
     integers = ir.VectorType(ir.IntType(64), vector.lanes)
-    return builder.icmp_signed("<", ir.Constant(integers, list(range(vector.lanes))), splat(builder, count, vector.lanes))
+    return builder.icmp_signed(
+        "<", ir.Constant(integers, list(range(vector.lanes))), splat(builder, count, vector.lanes)
+    )
 
 
 @intrinsic
@@ -241,7 +249,9 @@ def _load_masked(typingctx, address, zero, count):
         name = f"llvm.masked.load.{llvm_suffix(vector)}.p0"
         align = ir.Constant(ir.IntType(32), vector.scalar.bitwidth // 8)
         mask = _lanes_below(builder, vector, args[2])
-        return call_llvm(builder, name, ir_vector(vector), vector_pointer(builder, vector, args[0]), align, mask, constant(vector, 0))
+        return call_llvm(
+            builder, name, ir_vector(vector), vector_pointer(builder, vector, args[0]), align, mask, constant(vector, 0)
+        )
 
     return vector(types.intp, zero, types.intp), codegen
 
