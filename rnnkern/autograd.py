@@ -193,7 +193,7 @@ class LayerFunction(torch.autograd.Function):
         if all(g is None for g in wanted) or not any(needs):
             return nothing
         if torch.is_grad_enabled() or compat.in_transform():
-            found = LayerGradient.apply(*ctx.settings, needs, *tensors, *results, *wanted)
+            found = LayerGradient.apply(*ctx.settings, needs, *tensors, *results, *wanted)  # type: ignore[no-untyped-call]
         else:
             found = _backward(Settings(*ctx.settings), _from_tensors(tensors), results, wanted, needs)
         gradients = iter(found)
@@ -284,7 +284,7 @@ def apply_layer(settings: Settings, operands: Operands) -> tuple[Tensor, Tensor,
     # torch.jit.trace cannot keep a Python Function in what it saves: it gets the operator, and torch warns of a
     # backward through that.
     if compat.in_transform() or (wanted and not compat.in_jit_trace()):
-        y, h_n, c_n, _, _ = LayerFunction.apply(*settings, *tensors)
+        y, h_n, c_n, _, _ = LayerFunction.apply(*settings, *tensors)  # type: ignore[no-untyped-call]
     else:
         y, h_n, c_n, _, _ = _forward(settings, operands, save=False)
     return y, h_n, None if operands.c0 is None else c_n

@@ -49,7 +49,7 @@ class Weights(NamedTuple):
     def map(self, change: Callable[[Tensor], Tensor]) -> "Weights":
         """The same weights, each that is there put through `change`."""
         w_ih, w_hh, *optional = self
-        return Weights(change(w_ih), change(w_hh), *(None if w is None else change(w) for w in optional))  # type: ignore[arg-type]
+        return Weights(change(w_ih), change(w_hh), *(None if w is None else change(w) for w in optional))
 
 
 def named_weights(flat: Sequence[Tensor]) -> Weights:
