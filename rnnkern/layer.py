@@ -116,7 +116,7 @@ def _flat(layer: Layer, rows: Tensor) -> Tensor:
     """(T, B, ...) or (N, ...) as a matrix (N, all the rest), rows in the order they have in memory."""
     if layer.batch_sizes is not None:
         return rows.flatten(1)
-    return (rows.transpose(0, 1) if layer.batch_major else rows).reshape(layer.x.shape[0] * layer.x.shape[1], -1)
+    return (rows.transpose(0, 1) if layer.batch_major else rows).flatten(0, 1).flatten(1)
 
 
 def _previous(layer: Layer, y: Tensor, d: int) -> Tensor:

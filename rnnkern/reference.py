@@ -17,7 +17,7 @@ the sigmoid:
     LSTM   dc += dh*o*(1-tanh(c)^2);  di = dc*g*i(1-i);  df = dc*c'*f(1-f);  dg = dc*i*(1-g^2);  do = dh*tanh(c)*o(1-o);
      dc' = dc*f
     GRU    dn = dh*(1-z)*(1-n^2);  dr = dn*gh_n*r(1-r);  dz = dh*(h'-n)*z(1-z);  of gh_n: dn*r;  straight to h': dh*z
-    RNN    dh*(1-h^2)  or  dh where h > 0
+    RNN    dh*(1-h^2)  or  0 where h <= 0, else dh
 
 and dh' = (what goes straight) + dgh W_hh.
 """
@@ -100,7 +100,7 @@ def step_backward(cell: CellSpec, at: Around, dh: Tensor, dc: Tensor | None) -> 
         dgx = dh * (1 - at.h**2)
         return StepGradients(dgx, dgx, None, 0)
     if cell.name == "rnn_relu":
-        dgx = torch.where(at.h > 0, dh, torch.zeros_like(dh))
+        dgx = torch.where(at.h <= 0, torch.zeros_like(dh), dh)
         return StepGradients(dgx, dgx, None, 0)
     raise ValueError(f"cell: no equations for {cell.name!r}")
 

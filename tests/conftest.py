@@ -1,4 +1,4 @@
-"""What every test runs under: a fixed seed, fixed hypothesis examples, and buffers that hold NaN until something writes them."""
+"""What every test runs under: a fixed seed and fixed hypothesis examples; and buffers that are NaN until written."""
 
 from collections.abc import Iterator
 
@@ -11,8 +11,10 @@ settings.load_profile("fixed")
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def same_start() -> None:
+    """One seed; and one thread, the quickest for small sizes: a test of threads sets their number itself."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Layers in the form that backends take, for the tests of the Numba backend and of its mutants. Imports nothing of rnnkern but that form."""
+"""Layers in the form that backends take, for the tests of the Numba backend and of its mutants."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ def random_layer(
     batch_sizes: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Layer:
-    """A layer call of random operands; `outputs` gives it a projection, `batch_sizes` (falling, the first is `batch`) packed rows."""
+    """A call of random operands; `outputs` gives it a projection, `batch_sizes` (falling, from `batch`) packed rows."""
     spec, generator, units = CELLS[cell], torch.Generator().manual_seed(seed), outputs or hidden
     recurrent = len(spec.gates) * hidden
 
@@ -45,8 +45,9 @@ def random_layer(
 
 
 def layer_forms(cell: str, dtype: torch.dtype = torch.float64) -> list[Layer]:
-    """The forms a call can take: padded, packed, and with a projection where the cell has one; both directions in each."""
-    forms = [random_layer(cell, dtype=dtype), random_layer(cell, batch_sizes=[5, 4, 4, 2, 1], dtype=dtype, seed=1)]
+    """The forms a call can take: padded, packed, and with a projection; both directions in each."""
+    packed = random_layer(cell, batch_sizes=[5, 4, 4, 2, 1], hidden=11, dtype=dtype, seed=1)
+    forms = [random_layer(cell, dtype=dtype), packed]
     if CELLS[cell].has_c:
         forms.append(random_layer(cell, outputs=3, batch_sizes=[5, 3, 3], dtype=dtype, seed=2))
     return forms
@@ -59,7 +60,8 @@ def random_gradients(states: States) -> tuple[Tensor, Tensor, Tensor | None]:
         None if t is None else torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype)
         for t in (states.y, states.h_n, states.c_n)
     )
-    assert dy is not None and dh_n is not None
+    assert dy is not None
+    assert dh_n is not None
     return dy, dh_n, dc_n
 
 
@@ -76,4 +78,7 @@ def difference(got: Sequence[Tensor | None], want: Sequence[Tensor | None]) -> f
 
 
 def bitwise_equal(got: Sequence[Tensor | None], want: Sequence[Tensor | None]) -> bool:
-    return all((a is None and b is None) or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(got, want, strict=True))
+    return all(
+        (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in zip(got, want, strict=True)
+    )

@@ -170,8 +170,8 @@ def test_maml(cell: str) -> None:
     ours, theirs = twins(cell)
     x, parameters = random(4, 2, 2), dict(ours.named_parameters())
 
-    def after_a_step(module: nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
-        def outer(start: dict[str, Tensor]) -> Tensor:
+    def after_a_step(module: nn.Module) -> Callable[[dict[str, Tensor]], Any]:
+        def outer(start: dict[str, Tensor]) -> Any:
             slope = grad(lambda p: loss_of(module)(p, x))(start)
             return loss_of(module)({name: start[name] - 0.1 * slope[name] for name in start}, x)
 

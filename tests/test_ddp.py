@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
+from torch.multiprocessing.spawn import spawn
 
 import rnnkern
 from rnnkern.cells import CELLS
@@ -18,7 +19,7 @@ SIZES = {"T": 6, "B": 4, "I": 3, "H": 9}
 def build() -> nn.ModuleDict:
     """A bidirectional layer of every cell, the same in each process."""
     torch.manual_seed(1)
-    T, B, I, H = SIZES.values()  # noqa: E741
+    I, H = SIZES["I"], SIZES["H"]  # noqa: E741
     options: dict[str, Any] = {"bidirectional": True, "dtype": torch.float64}
     return nn.ModuleDict({cell: layer_class(rnnkern, cell)(I, H, **options, **nonlinearity(cell)) for cell in CELLS})
 
@@ -56,7 +57,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    multiprocessing.spawn(work, (str(tmp_path),), nprocs=PROCESSES)
+    spawn(work, (str(tmp_path),), nprocs=PROCESSES)
     alone = Sum()
     alone(inputs()).backward()
     expected = gradients(alone)

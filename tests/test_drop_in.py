@@ -1,4 +1,4 @@
-"""rnnkern's modules are handled as torch.nn's are: weights, copies, files, dtypes, devices; and torch.nn's kernels are never used."""
+"""rnnkern's modules are handled as torch.nn's are: weights, copies, files, dtypes, devices; without torch's kernels."""
 
 import copy
 import io
@@ -17,6 +17,7 @@ from rnnkern.cells import CELLS
 from tests.tables import Case, assert_close, cell_class, layer_class, nonlinearity, relative_rms
 
 every_cell = pytest.mark.parametrize("cell", CELLS)
+MODULES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
 CONSTRUCTORS: dict[str, dict[str, Any]] = {
     "plain": {},
     "layers": {"num_layers": 2, "dropout": 0.25},
@@ -138,10 +139,10 @@ def test_copies_of_cells(cell: str) -> None:
             assert torch.equal(own, copied)
 
 
-@pytest.mark.parametrize("kind", [rnnkern.LSTM, rnnkern.GRU, rnnkern.RNN, rnnkern.LSTMCell, rnnkern.GRUCell, rnnkern.RNNCell])
-def test_pickles_of_an_earlier_version(kind: Any) -> None:
+@pytest.mark.parametrize("name", MODULES)
+def test_pickles_of_an_earlier_version(name: str) -> None:
     """Options that a module was pickled without have their defaults."""
-    module = kind(3, 6)
+    module = getattr(rnnkern, name)(3, 6)
     del module.__dict__["backend"]
     for way in (_pickled, copy.deepcopy):
         loaded = way(module)
@@ -168,7 +169,8 @@ def test_changes_of_dtype(cell: str) -> None:
 def test_meta_device(cell: str) -> None:
     """Built without memory, given some, initialised: as if built at once."""
     case = FULL[cell]
-    module = layer_class(rnnkern, cell)(case.I, case.H, device="meta", dtype=case.dtype, backend="numba", **case.options())
+    kind = layer_class(rnnkern, cell)
+    module = kind(case.I, case.H, device="meta", dtype=case.dtype, backend="numba", **case.options())
     assert module.weight_ih_l0.is_meta
     module.to_empty(device="cpu")
     torch.manual_seed(1)
@@ -212,7 +214,7 @@ def test_no_delegation(cell: str) -> None:
         layer_class(nn, cell)(3, 6, **nonlinearity(cell))(torch.randn(2, 2, 3))
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+@pytest.mark.parametrize("name", MODULES)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_script_names_the_way_out(name: str) -> None:
     module = getattr(rnnkern, name)(3, 6)
@@ -222,7 +224,7 @@ def test_script_names_the_way_out(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
-@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="torch has no quantized kernels here")
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="needs quantized kernels")
 def test_quantize_dynamic_leaves_the_modules_alone() -> None:
     model = nn.ModuleDict({"rnn": rnnkern.LSTM(3, 6), "cell": rnnkern.GRUCell(3, 6), "head": nn.Linear(6, 2)})
     x = torch.randn(4, 2, 3)

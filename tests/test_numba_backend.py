@@ -1,9 +1,14 @@
 """The Numba backend as a whole: memory it may touch, threads, forks, and the same bits from run to run."""
 
+import ctypes
+import mmap
 import multiprocessing
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +21,7 @@ import rnnkern
 from rnnkern import reference
 from rnnkern.backends import Layer, numba_cpu
 from rnnkern.backends.numba_cpu import pool
-from rnnkern.cells import CELLS
+from rnnkern.cells import CELLS, Weights
 from tests.numba_support import bitwise_equal, difference, layer_forms, random_gradients, random_layer
 
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -66,7 +71,8 @@ def always_split(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_form_of_call(cell: str, dtype: torch.dtype) -> None:
-    for layer in (*layer_forms(cell, dtype), random_layer(cell, **ODD, dtype=dtype)):
+    wide = random_layer(cell, steps=3, batch=7, inputs=2, hidden=70, dtype=dtype)
+    for layer in (*layer_forms(cell, dtype), random_layer(cell, **ODD, dtype=dtype), wide):
         assert difference(sweeps(layer), oracle(layer)) < LIMIT[dtype]
 
 
@@ -150,21 +156,87 @@ def test_nothing_is_written_past_a_buffer(cell: str, monkeypatch: pytest.MonkeyP
         assert (around[around.numel() - margin :] == guard).all()
 
 
+def _before_a_forbidden_page(tensor: Tensor) -> Tensor:
+    """A copy whose last number is the last that may be touched: the page behind it is protected."""
+    size = tensor.numel() * tensor.element_size()
+    usable = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, usable + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + usable), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=usable - size).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+def _sweep_before_forbidden_pages(layers: list[Layer], answers: Any) -> None:
+    torch.set_num_threads(1)
+    new_empty = torch.Tensor.new_empty
+
+    def protected(self: Tensor, *shape: Any, **options: Any) -> Tensor:
+        return _before_a_forbidden_page(new_empty(self, *shape, **options))
+
+    worst = 0.0
+    for layer in layers:
+        want = oracle(layer)
+        weights = (Weights(*(None if w is None else _before_a_forbidden_page(w) for w in d)) for d in layer.weights)  # type: ignore[arg-type]
+        guarded = replace(
+            layer,
+            x=_before_a_forbidden_page(layer.x),
+            h0=_before_a_forbidden_page(layer.h0),
+            c0=None if layer.c0 is None else _before_a_forbidden_page(layer.c0),
+            weights=tuple(weights),
+        )
+        torch.Tensor.new_empty = protected  # type: ignore[method-assign, assignment]
+        got = sweeps(guarded)
+        torch.Tensor.new_empty = new_empty  # type: ignore[method-assign]
+        worst = max(worst, difference(got, want))
+    answers.put(worst)
+
+
+@FORKS
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects pages by Linux's mprotect")
+@pytest.mark.parametrize("cell", CELLS)
+def test_nothing_is_touched_past_a_buffer(cell: str, always_split: list[int]) -> None:
+    """In a child, which a touch of a protected page kills: operands and buffers end where such a page begins."""
+    layers = [*layer_forms(cell), random_layer(cell, **ODD)]
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    child = context.Process(target=_sweep_before_forbidden_pages, args=(layers, answers))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0, f"ended with {child.exitcode}; -{signal.SIGSEGV.value} tells of a protected page"
+    assert answers.get() < LIMIT[torch.float64]
+
+
 def test_operands_may_lie_in_memory_in_any_way() -> None:
-    """Rows far apart, a batch that is one row repeated, columns apart, weights transposed and sliced: values count, strides do not."""
+    """Rows and columns far apart, one row repeated, weights transposed and sliced: values count, strides do not."""
     plain = random_layer("gru", **ODD)
     spread = torch.full((8, 26, 21), float("nan"), dtype=torch.float64)
     x = spread[::2, ::2, ::3]
     x.copy_(plain.x)
     one_row = plain.h0[:, :1].expand_as(plain.h0)
-    weights = tuple(w._replace(weight_hh=w.weight_hh.t().contiguous().t(), weight_ih=torch.cat([w.weight_ih] * 2, 1)[:, :7]) for w in plain.weights)
+    weights = tuple(
+        w._replace(weight_hh=w.weight_hh.t().contiguous().t(), weight_ih=torch.cat([w.weight_ih] * 2, 1)[:, :7])
+        for w in plain.weights
+    )
     strided = Layer(plain.cell, x, one_row, None, weights, None, batch_major=False)
     contiguous = Layer(plain.cell, plain.x, one_row.contiguous(), None, plain.weights, None, batch_major=False)
     assert bitwise_equal(sweeps(strided), sweeps(contiguous))
     states = numba_cpu.forward(plain, save=True)
     one = torch.ones((), dtype=torch.float64)
     expanded = numba_cpu.backward(plain, states, one.expand_as(states.y), one.expand_as(states.h_n), None)
-    assert bitwise_equal(expanded, numba_cpu.backward(plain, states, torch.ones_like(states.y), torch.ones_like(states.h_n), None))
+    assert bitwise_equal(
+        expanded, numba_cpu.backward(plain, states, torch.ones_like(states.y), torch.ones_like(states.h_n), None)
+    )
+
+
+@pytest.mark.parametrize("hidden", [1, 5])
+def test_a_lazily_negated_operand(hidden: int) -> None:
+    """The imaginary part of a conjugate is a view whose memory holds the number with the other sign."""
+    layer = random_layer("rnn_tanh", inputs=hidden, hidden=hidden)
+    x = torch.complex(layer.x, layer.x).conj().imag
+    one = rnnkern.RNN(hidden, hidden, dtype=torch.float64, backend="numba")
+    assert x.is_neg()
+    assert torch.equal(one(x)[0], one(-layer.x)[0])
 
 
 def test_a_batch_first_layer_writes_the_layout_it_reads() -> None:
@@ -182,7 +254,10 @@ def test_a_batch_first_layer_writes_the_layout_it_reads() -> None:
 JOBS = [
     *((random_layer(cell, **ODD, seed=i), i) for i, cell in enumerate(CELLS)),
     *((form, 100) for cell in CELLS for form in layer_forms(cell)),
-    *((random_layer(cell, steps=6, batch=32, inputs=16, hidden=33, directions=1, seed=i), i) for i, cell in enumerate(CELLS)),
+    *(
+        (random_layer(cell, steps=6, batch=32, inputs=16, hidden=33, directions=1, seed=i), i)
+        for i, cell in enumerate(CELLS)
+    ),
 ]
 
 
@@ -215,7 +290,7 @@ def test_concurrent_modules_with_gradients() -> None:
 
 
 def test_the_pool_may_grow_while_others_hand_it_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The executor that a call has been given must still take its tasks when another call replaces it by a wider one."""
+    """An executor that a call has been given still takes its tasks when another call replaces it by a wider one."""
 
     class Slow(ThreadPoolExecutor):
         def submit(self, *args: Any, **kwargs: Any) -> Any:
@@ -272,6 +347,37 @@ def test_a_forked_child_and_its_parent_afterwards(threads: Callable[[int], None]
     assert all(bitwise_equal(sweeps(layer), want) for layer, want in zip(layers, before, strict=True))
 
 
+def _compile_in_child(layer: Layer, answers: Any) -> None:
+    numba_cpu._compiled.clear()  # as if it had never run
+    _in_child([layer], answers)
+
+
+@FORKS
+def test_a_child_forked_while_another_thread_compiles() -> None:
+    """The child must not inherit a lock that none of its threads will ever release."""
+    layer = random_layer("gru")
+    sweeps(layer)
+
+    def compile_slowly() -> None:
+        with numba_cpu._compile_lock:
+            time.sleep(0.5)
+
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    child = context.Process(target=_compile_in_child, args=(layer, answers))
+    with ThreadPoolExecutor(1) as executor:
+        compiling = executor.submit(compile_slowly)
+        time.sleep(0.1)
+        child.start()
+        compiling.result()
+    child.join(10)
+    hangs = child.is_alive()
+    child.kill()
+    child.join()
+    assert not hangs
+    assert answers.get()[0] < LIMIT[torch.float64]
+
+
 def _pool_in_child(answers: Any) -> None:
     ended: list[int] = []
     pool.run([partial(ended.append, i) for i in range(3)])
@@ -295,6 +401,7 @@ class Encoded(Dataset[Tensor]):
 
     def __init__(self) -> None:
         self.module = rnnkern.GRU(4, 7, bidirectional=True, dtype=torch.float64, backend="numba")
+        self.weight = self.module.get_parameter("weight_hh_l0")
         self.samples = torch.randn(6, 5, 4, dtype=torch.float64)
 
     def __len__(self) -> int:
@@ -302,7 +409,7 @@ class Encoded(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         y, _ = self.module(self.samples[index])
-        (gradient,) = torch.autograd.grad(y.sum(), self.module.weight_hh_l0)
+        (gradient,) = torch.autograd.grad(y.sum(), self.weight)
         return torch.cat([y.detach().flatten(), gradient.flatten()])
 
 

@@ -18,7 +18,19 @@ DEPTHS = [0, 1, 2, 7, 33]
 GUARD = -12345.0
 
 
-def _run(rows: Any, vectors: Any, a: Any, a_row: Any, panel: Any, depth: Any, c0: Any, c0_row: Any, c: Any, c_row: Any, zero: Any) -> None:
+def _run(
+    rows: Any,
+    vectors: Any,
+    a: Any,
+    a_row: Any,
+    panel: Any,
+    depth: Any,
+    c0: Any,
+    c0_row: Any,
+    c: Any,
+    c_row: Any,
+    zero: Any,
+) -> None:
     tile(rows, vectors, a, a_row, panel, depth, c0, c0_row, c, c_row, zero)
 
 
@@ -35,7 +47,19 @@ def run_tile(a: Array, panel: Array, c0: Array, c: Array) -> None:
     c0_row = c0.strides[0] if c0.ndim == 2 else 0
     vectors, zero = panel.shape[1] // lanes_of(a.dtype), a.dtype.type(0)
     addresses = [array.ctypes.data for array in (a, panel, c0, c)]
-    _compiled(rows, vectors, addresses[0], a.strides[0], addresses[1], depth, addresses[2], c0_row, addresses[3], c.strides[0], zero)
+    _compiled(
+        rows,
+        vectors,
+        addresses[0],
+        a.strides[0],
+        addresses[1],
+        depth,
+        addresses[2],
+        c0_row,
+        addresses[3],
+        c.strides[0],
+        zero,
+    )
 
 
 def draw(rng: np.random.Generator, dtype: Any, *shape: int) -> Array:
@@ -54,7 +78,9 @@ def test_every_size_of_tile(depth: int, dtype: Any) -> None:
         c = around[1:-1, 2:-3]
         run_tile(a, panel, c0, c)
         want = c0.astype(np.float64) + a.astype(np.float64) @ panel.astype(np.float64)
-        np.testing.assert_allclose(c, want, atol=(depth + 1) * np.finfo(dtype).eps, err_msg=f"{rows} rows, {vectors} vectors")
+        np.testing.assert_allclose(
+            c, want, atol=(depth + 1) * np.finfo(dtype).eps, err_msg=f"{rows} rows, {vectors} vectors"
+        )
         c[:] = GUARD
         assert (around == GUARD).all(), f"{rows} rows, {vectors} vectors write past C"
 
@@ -101,7 +127,12 @@ def packed_by_numpy(weight: Array, per_panel: int) -> Array:
 def run_pack(weight: Array, per_panel: int) -> Array:
     want = packed_by_numpy(weight, per_panel)
     target = np.full(want.size + 16, GUARD, weight.dtype)
-    pack(Weight(weight.ctypes.data, *weight.strides, *weight.shape), per_panel, target[8:].ctypes.data, weight.dtype.type(0))
+    pack(
+        Weight(weight.ctypes.data, *weight.strides, *weight.shape),
+        per_panel,
+        target[8:].ctypes.data,
+        weight.dtype.type(0),
+    )
     assert (target[:8] == GUARD).all()
     assert (target[-8:] == GUARD).all()
     return target[8:-8]
@@ -129,4 +160,6 @@ def test_pack_follows_any_strides(dtype: Any) -> None:
         "one gate": base[2:3].transpose(0, 2, 1)[:, :17],
     }
     for name, weight in forms.items():
-        np.testing.assert_array_equal(run_pack(weight, 2), packed_by_numpy(np.ascontiguousarray(weight), 2), err_msg=name)
+        np.testing.assert_array_equal(
+            run_pack(weight, 2), packed_by_numpy(np.ascontiguousarray(weight), 2), err_msg=name
+        )

@@ -2,6 +2,7 @@
 batch."""
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,10 @@ WORTH_A_THREAD = 500_000
 
 _compiled: set[tuple[Any, type]] = set()
 _compile_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a fork waits for a compilation under way: its child would inherit the lock held
+    os.register_at_fork(
+        before=_compile_lock.acquire, after_in_parent=_compile_lock.release, after_in_child=_compile_lock.release
+    )
 
 
 def _ready(kernel: Any, *arguments: Any) -> Callable[..., None]:
@@ -77,6 +82,7 @@ class _Call:
         """Of (T, B, n), of packed (N, n) or of states (B, n); a row's numbers must be adjacent."""
         if tensor is None:
             return NONE
+        tensor = tensor.resolve_neg()
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             tensor = tensor.contiguous()
         self.alive.append(tensor)
@@ -93,6 +99,7 @@ class _Call:
 
     def packed(self, matrix: Tensor, gates: int, per_panel: int = MAX_VECTORS) -> int:
         """The address of `matrix` (gates*units, depth), packed into panels."""
+        matrix = matrix.resolve_neg()
         units, depth = matrix.shape[0] // gates, matrix.shape[1]
         target = self.layer.x.new_empty(gates * self.padded(units) * depth)
         self.alive += [matrix, target]
@@ -131,12 +138,16 @@ class _Call:
                 self.alive.append(scratch)
                 operands.append(scratch.data_ptr())
             operands.append(self.zero)
-            tasks.append(partial(_ready(kernel, *operands), *operands))
-        if torch.get_num_threads() == 1 or len(tasks) == 1:
+            tasks.append(partial(self._run_share, _ready(kernel, *operands), operands))
+        if torch.get_num_threads() == 1:
             for task in tasks:
                 task()
         else:
             pool.run(tasks)
+
+    def _run_share(self, kernel: Callable[..., None], operands: list[Any]) -> None:
+        """A task. It holds this object, and so the buffers, even if the caller is interrupted while it runs."""
+        kernel(*operands)
 
 
 def _direction(tensor: Tensor | None, d: int, width: int | None = None) -> Tensor | None:

@@ -16,7 +16,7 @@ from rnnkern.backends.numba_cpu.vector import (
     positive_part,
     store,
     store_part,
-    where_positive,
+    unless_negative,
 )
 
 
@@ -104,5 +104,5 @@ def rnn_relu_forward(gx, gh, spacing, gates, slot, cells, c, h_prev, count, zero
 
 @inlined
 def rnn_relu_backward(dh, gates, slot, cells, c_prev, h, h_prev, dc, dgx, dgh, count, zero):
-    store_part(dgx, where_positive(load_part(h, zero, count), dh), zero, count)
+    store_part(dgx, unless_negative(load_part(h, zero, count), dh), zero, count)
     return broadcast(zero)

@@ -7,7 +7,8 @@ exact:
     sigmoid(x) = 1 / (1 + exp(-x))              tanh(x) = expm1(2x) / (expm1(2x) + 2)
 
 expm1(r) is its Taylor polynomial, cut where the next term falls under the dtype's rounding: error in ulp in
-tests/test_numba_gates.py. tanh saturates to exactly +-1; sigmoid stays within [exp(-LIMIT), 1].
+tests/test_numba_gates.py. tanh saturates to exactly +-1, sigmoid to exactly 1, and to 0 where exp(-x)
+overflows.
 """
 
 import math
@@ -16,7 +17,7 @@ import numba
 from numba.core import types
 from numba.core.extending import overload
 
-from rnnkern.backends.numba_cpu.vector import clamp, fma, nearest_power
+from rnnkern.backends.numba_cpu.vector import clamp, fma, nearest_power, overflow
 
 _LOG2_E = 1.0 / math.log(2.0)
 # 1/k! for k = 2 up to the last term, ln2 in two parts (the first short enough that n times it is exact), and where to
@@ -64,8 +65,9 @@ def _overload_sigmoid(x):
     limit = _constants(x)[3]
 
     def sigmoid(x):
-        power, m = _reduce(clamp(x * -1.0, limit))
-        return 1.0 / (fma(power, m, power) + 1.0)
+        negated = x * -1.0
+        power, m = _reduce(clamp(negated, limit))
+        return 1.0 / (overflow(negated, limit, fma(power, m, power)) + 1.0)
 
     return sigmoid
 

@@ -8,6 +8,8 @@ from rnnkern.backends.numba_cpu.jit import kernel
 from rnnkern.backends.numba_cpu.sweep import backward_sweep, forward_sweep
 from rnnkern.backends.numba_cpu.vector import VECTOR_BYTES, item_bytes, load_scalar, store_scalar, vector_lanes
 
+PACK_BLOCK = 16
+
 
 class Weight(NamedTuple):
     """A weight to pack, element (gate, unit, k) at source + gate*gate_stride + unit*unit_stride + k*k_stride bytes."""
@@ -31,17 +33,17 @@ def pack(weight, per_panel, target, zero):
     for v in range(0, vectors, per_panel):
         width = min(per_panel, vectors - v)
         panel_row = weight.gates * width * VECTOR_BYTES
-        for gate in range(weight.gates):
-            for lane in range(width * lanes):
-                unit = v * lanes + lane
-                source = weight.source + gate * weight.gate_stride + unit * weight.unit_stride
-                into = panel + gate * width * VECTOR_BYTES + lane * item
-                if unit < weight.units:
-                    for k in range(weight.depth):
-                        store_scalar(into + k * panel_row, load_scalar(source + k * weight.k_stride, zero))
-                else:
-                    for k in range(weight.depth):
-                        store_scalar(into + k * panel_row, zero)
+        # A block of k at a time, so that the lines written stay in L1 until each of their lanes has come by.
+        for first in range(0, weight.depth, PACK_BLOCK):
+            last = min(first + PACK_BLOCK, weight.depth)
+            for gate in range(weight.gates):
+                for lane in range(width * lanes):
+                    unit = v * lanes + lane
+                    source = weight.source + gate * weight.gate_stride + unit * weight.unit_stride
+                    into = panel + gate * width * VECTOR_BYTES + lane * item
+                    for k in range(first, last):
+                        value = load_scalar(source + k * weight.k_stride, zero) if unit < weight.units else zero
+                        store_scalar(into + k * panel_row, value)
         panel += weight.depth * panel_row
 
 

@@ -7,7 +7,7 @@ are not used: its workqueue aborts the process on concurrent calls, and its Open
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 _lock = threading.Lock()
 _executor: ThreadPoolExecutor | None = None
@@ -24,22 +24,26 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def _threads(count: int) -> ThreadPoolExecutor:
+def _submit(tasks: Sequence[Callable[[], None]]) -> list[Future[None]]:
+    """Hands the tasks to the pool, grown first if need be; under the lock, so that nobody replaces it in between."""
     global _executor, _width
     with _lock:
-        if _executor is None or _width < count:
+        if _executor is None or _width < len(tasks):
             if _executor is not None:
                 _executor.shutdown(wait=False)  # what it was given still runs to its end
-            _executor, _width = ThreadPoolExecutor(count, thread_name_prefix="rnnkern"), count
-        return _executor
+            _executor, _width = ThreadPoolExecutor(len(tasks), thread_name_prefix="rnnkern"), len(tasks)
+        return [_executor.submit(task) for task in tasks]
 
 
 def run(tasks: Sequence[Callable[[], None]]) -> None:
     """Runs all tasks, the first on the calling thread, and returns when all have ended; raises the first error."""
+    if not tasks:
+        return
     first, *others = tasks
-    futures = [_threads(len(others)).submit(task) for task in others] if others else []
+    futures = _submit(others) if others else []
     try:
         first()
     finally:
-        for future in futures:
-            future.result()
+        wait(futures)
+    for future in futures:
+        future.result()

@@ -166,6 +166,18 @@ def clamp(typingctx, v, limit):
 
 
 @intrinsic
+def overflow(typingctx, test, limit, v):
+    """Infinity where test > limit, else `v`."""
+    vector = v
+
+    def codegen(context, builder, sig, args):
+        bound = splat(builder, context.cast(builder, args[1], sig.args[1], vector.scalar), vector.lanes)
+        return builder.select(builder.fcmp_ordered(">", args[0], bound), constant(vector, float("inf")), args[2])
+
+    return vector(test, limit, v), codegen
+
+
+@intrinsic
 def positive_part(typingctx, v):
     """max(v, 0), and NaN where v is NaN: torch.relu."""
 
@@ -177,11 +189,11 @@ def positive_part(typingctx, v):
 
 
 @intrinsic
-def where_positive(typingctx, test, v):
-    """`v` where test > 0, else 0."""
+def unless_negative(typingctx, test, v):
+    """0 where test <= 0, else `v` (where test is NaN too): the derivative of torch.relu."""
 
     def codegen(context, builder, sig, args):
-        return builder.select(builder.fcmp_ordered(">", args[0], constant(test, 0)), args[1], constant(v, 0))
+        return builder.select(builder.fcmp_ordered("<=", args[0], constant(test, 0)), constant(v, 0), args[1])
 
     return v(test, v), codegen
 
