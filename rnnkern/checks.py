@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern.cells import CellSpec, Weights
 
@@ -65,12 +66,18 @@ def _same_kind(name: str, tensor: Tensor, x: Tensor) -> None:
         )
 
 
-def batch_sizes(sizes: Tensor, rows: int, batch: int) -> None:
-    """The batch_sizes of packed data: a sweep reads as many rows as they say."""
+def batch_sizes_kind(sizes: Tensor) -> None:
+    """What batch_sizes of packed data must be before its numbers are looked at."""
     if sizes.device.type != "cpu" or sizes.dtype != torch.int64 or sizes.dim() != 1 or sizes.numel() == 0:
         raise RuntimeError(
-            f"batch_sizes: expected a 1-D int64 tensor on the CPU, got {sizes.dtype} {_shape(sizes)} on {sizes.device}"
+            f"batch_sizes: expected a 1-D int64 tensor on the CPU with an entry for each step, "
+            f"got {sizes.dtype} {_shape(sizes)} on {sizes.device}"
         )
+
+
+def batch_sizes(sizes: Tensor, rows: int, batch: int) -> None:
+    """The batch_sizes of packed data: a sweep reads as many rows as they say."""
+    batch_sizes_kind(sizes)
     if int(sizes[0]) != batch or int(sizes.sum()) != rows or int(sizes.min()) < 1 or bool((sizes.diff() > 0).any()):
         raise RuntimeError(
             f"batch_sizes: expected a falling sequence of positive numbers from {batch} that adds up to the "
@@ -136,12 +143,32 @@ def input_kind(input: Tensor, weight: Tensor, who: str) -> None:
         raise RuntimeError(f"{who}: input: expected device {weight.device}, that of the weights, got {input.device}")
 
 
-def packed_rank(data: Tensor, who: str) -> None:
+def packed(sequence: PackedSequence, who: str) -> None:
+    """The parts of a PackedSequence, which anyone can put together by hand."""
+    data, sizes, *orders = sequence
     if data.dim() != 2:
         raise RuntimeError(
             f"{who}: the data of a PackedSequence: expected 2-D (rows, input_size), "
             f"got {data.dim()}-D of shape {_shape(data)}"
         )
+    batch_sizes_kind(sizes)
+    batch = int(sizes[0])
+    for name, order in zip(("sorted_indices", "unsorted_indices"), orders, strict=True):
+        if order is not None and _shape(order) != (batch,):
+            raise RuntimeError(f"{who}: {name}: expected shape (B,) = ({batch},), got {_shape(order)}")
+
+
+def weight_lists(weights: Sequence[Sequence[Tensor]], directions: int, who: str) -> None:
+    """One list of weights for each layer and direction."""
+    if not weights or len(weights) % directions:
+        expected = "two lists for each layer, one a direction" if directions == 2 else "a list for each layer"
+        raise ValueError(f"{who}: weights: expected {expected}, got {len(weights)} list(s)")
+    for index, flat in enumerate(weights):
+        if not 2 <= len(flat) <= 5:
+            raise ValueError(
+                f"{who}: weights[{index}]: expected [w_ih, w_hh] and optionally b_ih, b_hh and w_hr, "
+                f"got {len(flat)} tensor(s)"
+            )
 
 
 def states_rank(given: Sequence[Tensor], rank: int, who: str) -> None:

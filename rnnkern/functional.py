@@ -94,8 +94,8 @@ def _initial(stack: _Stack, x: Tensor, hx: States | None, batch: int) -> States:
 
 
 def _run_packed(stack: _Stack, input: PackedSequence, hx: States | None) -> tuple[PackedSequence, States]:
+    checks.packed(input, stack.who)
     data, batch_sizes, sorted_indices, unsorted_indices = input
-    checks.packed_rank(data, stack.who)
     stack, data, hx = _in_autocast(stack, data, hx)
     checks.input_kind(data, stack.weights[0].weight_ih, stack.who)
     states = _initial(stack, data, hx, int(batch_sizes[0]))
@@ -150,12 +150,14 @@ def run(
 ) -> tuple[Any, States]:
     """What every cell's function does; states are tuples here whatever the cell."""
     checks.backend_name(backend, BACKEND_NAMES)
+    directions = 2 if bidirectional else 1
+    checks.weight_lists(weights, directions, who)
     packed = isinstance(input, PackedSequence)
     stack = _Stack(
         CELLS[cell],
         who,
         [named_weights(flat) for flat in weights],
-        directions=2 if bidirectional else 1,
+        directions=directions,
         dropout=dropout,
         training=training,
         batch_first=batch_first and not packed,

@@ -31,9 +31,9 @@ def _apply(which: Any, x: Any, y: Any, count: Any, zero: Any) -> None:
     for i in range(0, count, lanes):
         v = load_part(x + i * item, zero, count - i)
         if which == 0:
-            out = sigmoid(v)  # type: ignore[no-untyped-call]
+            out = sigmoid(v)
         elif which == 1:
-            out = tanh(v)  # type: ignore[no-untyped-call]
+            out = tanh(v)
         elif which == 2:
             out = positive_part(v)
         else:
