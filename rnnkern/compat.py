@@ -43,8 +43,11 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast asks for on this device type, None where it is off or unknown there (meta)."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    """The dtype that autocast asks for on this device type, None where it is off.
+
+    The meta device has none. torch.amp.is_autocast_available would tell, but Dynamo cannot trace it in torch 2.11.
+    """
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 

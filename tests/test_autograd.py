@@ -210,7 +210,7 @@ def forward_modes(module: nn.Module) -> Iterator[Callable[[], object]]:
     yield lambda: jvp(lambda v: module(v)[0], (x,), (x,))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, in its forward mode
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own, in its forward mode
 def test_forward_mode_says_that_there_is_none() -> None:
     module, _ = twins("lstm")
     for call in forward_modes(module):

@@ -215,7 +215,7 @@ def test_no_delegation(cell: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_script_names_the_way_out(name: str) -> None:
     module = getattr(rnnkern, name)(3, 6)
     for model in (module, nn.Sequential(module)):

@@ -57,7 +57,7 @@ def test_compile_without_a_graph_break(cell: str, layout: str, given: dict[str, 
         assert torch.equal(own, other)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor imports what torch deprecates
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # inductor imports what torch deprecates
 def test_compile_by_inductor() -> None:
     module = layer("lstm", **LAYOUTS["stacked"])
     compiled = torch.compile(module, fullgraph=True)
@@ -193,7 +193,7 @@ def test_fake_tensors_and_meta(cell: str, gradients: bool) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes of the checks become constants, as torch says
 def test_jit_trace(cell: str) -> None:
     module = layer(cell, num_layers=2)
