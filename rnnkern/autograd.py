@@ -34,8 +34,18 @@ _library.define(
 
 def _layer(cell: str, backend: str, batch_major: bool, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *operands, save = rest
+    given = _operands(x, *operands)
     with compat.without_autocast(x.device.type):
-        return tuple(layer.forward(Settings(cell, backend, batch_major), _operands(x, *operands), save))
+        results = layer.forward(Settings(cell, backend, batch_major), given, save)
+    if given.lengths is None or not save:
+        return tuple(results)
+    count = x.shape[0] * x.shape[1]
+    return *results[:3], _fill_up(results.gates, count), _fill_up(results.cells, count)
+
+
+def _fill_up(rows: Tensor, count: int) -> Tensor:
+    """Saved rows as `count` rows, zero behind: an operator's shapes must not depend on the values of the lengths."""
+    return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])]) if rows.dim() > 1 else rows
 
 
 def _layer_backward(cell: str, backend: str, batch_major: bool, x: Tensor, *rest: Any) -> list[Tensor]:

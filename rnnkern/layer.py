@@ -37,11 +37,8 @@ class Operands(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What a layer call gives. The last two are what backward needs: in the dtype computed in, empty when nothing is
-    saved.
-
-    With `lengths`, only the first sum(lengths) of their T*B rows are in use, so that their size does not depend on the
-    lengths.
+    """What a layer call gives. The last two are what backward needs: in the dtype computed in, one row for each real
+    step and sequence, empty when nothing is saved. More rows behind those do no harm.
     """
 
     y: Tensor  # (T, B, D*P) or (N, D*P)
@@ -86,29 +83,18 @@ def finish(operands: Operands, packing: Packing | None, states: States) -> tuple
     return y.to(dtype), h_n.to(dtype), None if c_n is None else c_n.to(dtype)
 
 
-def _whole(rows: Tensor | None, count: int) -> Tensor | None:
-    """Packed rows at the start of `count` rows, a size that does not depend on the lengths; the rest is zero."""
-    if rows is None:
-        return None
-    return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])])
-
-
 def forward(settings: Settings, operands: Operands, save: bool) -> Results:
     """Runs one layer; `save` keeps what `backward` needs."""
     backend = select(settings.backend, operands.x.device)
     layer, packing = prepare(settings, operands)
     states = backend.forward(layer, save)
-    gates, cells = states.gates, states.cells
-    if packing is not None:
-        count = operands.x.shape[0] * operands.x.shape[1]
-        gates, cells = _whole(gates, count), _whole(cells, count)
     y, h_n, c_n = finish(operands, packing, states)
     return Results(
         y,
         h_n,
         y.new_empty(0) if c_n is None else c_n,
-        layer.x.new_empty(0) if gates is None else gates,
-        layer.x.new_empty(0) if cells is None else cells,
+        layer.x.new_empty(0) if states.gates is None else states.gates,
+        layer.x.new_empty(0) if states.cells is None else states.cells,
     )
 
 
