@@ -1,8 +1,7 @@
 """What torch sees of a layer call: two gradient-free operators, and the autograd Functions around them.
 
-    LayerFunction            forward: rnnkern::layer            backward: LayerGradient
-    LayerGradient            forward: rnnkern::layer_backward   backward: recomputed through reference.py, any number of
-    times
+    LayerFunction    forward: rnnkern::layer             backward: LayerGradient
+    LayerGradient    forward: rnnkern::layer_backward    backward: recomputed through reference.py, any number of times
 
 The operators exist for tracers (torch.compile, torch.export, FakeTensor, jit.trace): functional, with shapes known
 without running. In plain eager mode their bodies in layer.py are called directly, and without gradients the Functions
@@ -44,7 +43,7 @@ def _layer(cell: str, backend: str, batch_major: bool, x: Tensor, *rest: Any) ->
 
 
 def _fill_up(rows: Tensor, count: int) -> Tensor:
-    """Saved rows as `count` rows, zero behind: an operator's shapes must not depend on the values of the lengths."""
+    """Saved rows as `count` rows, zero behind: what an operator gives must not depend in shape on the lengths."""
     return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])]) if rows.dim() > 1 else rows
 
 
@@ -171,8 +170,11 @@ def _vmap_loop(
         )
         for index in range(info.batch_size)
     ]
-    stacked = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
-    return stacked, (0,) * len(stacked)
+    stacked = []
+    for parts in zip(*calls, strict=True):
+        most = max(part.shape[0] for part in parts)  # with lengths, calls may have saved different numbers of rows
+        stacked.append(torch.stack([_fill_up(part, most) for part in parts]))
+    return tuple(stacked), (0,) * len(stacked)
 
 
 class LayerFunction(torch.autograd.Function):

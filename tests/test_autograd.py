@@ -164,6 +164,18 @@ def test_vmap_over_weights_and_input(cell: str) -> None:
     torch.testing.assert_close(outputs, torch.stack([m(x)[0] for m, x in zip(members, xs, strict=True)]))
 
 
+def test_vmap_over_lengths() -> None:
+    """Each element with lengths of its own, and so with another number of saved rows."""
+    module, _ = twins("lstm", bidirectional=True)
+    xs, lengths = random(2, 4, 3, 2), torch.tensor([[2, 4, 1], [1, 1, 3]])
+
+    def gradient(x: Tensor, given: Tensor) -> Any:
+        return grad(lambda v: module(v, lengths=given)[0].pow(2).sum())(x)
+
+    together = vmap(gradient)(xs, lengths)
+    torch.testing.assert_close(together, torch.stack([gradient(x, n) for x, n in zip(xs, lengths, strict=True)]))
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_maml(cell: str) -> None:
     """The gradient of a loss after a step of gradient descent."""

@@ -14,8 +14,8 @@ from rnnkern.backends.numba_cpu.vector import (
     load_part,
     positive_part,
     store_part,
-    vector_lanes,
     unless_negative,
+    vector_lanes,
 )
 
 Array = npt.NDArray[Any]
