@@ -8,6 +8,7 @@ without running. In plain eager mode their bodies in layer.py are called directl
 are left out too.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rnnkern import compat, layer, reference
-from rnnkern.backends import compute_dtype
+from rnnkern.backends import Saved, compute_dtype
 from rnnkern.cells import CELLS, split_directions
 from rnnkern.layer import Operands, Results, Settings
 
@@ -26,7 +27,7 @@ _library.define(
     f"layer({_SETTINGS}, {_OPERANDS}, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
 )
 _library.define(
-    f"layer_backward({_SETTINGS}, {_OPERANDS}, Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, "
+    f"layer_backward({_SETTINGS}, {_OPERANDS}, Tensor y, Tensor gates, Tensor cells, "
     "Tensor? dy, Tensor? dh_n, Tensor? dc_n, bool[] needs) -> Tensor[]"
 )
 
@@ -48,10 +49,10 @@ def _fill_up(rows: Tensor, count: int) -> Tensor:
 
 
 def _layer_backward(cell: str, backend: str, batch_major: bool, x: Tensor, *rest: Any) -> list[Tensor]:
-    operands, results, grads, needs = rest[:5], rest[5:10], rest[10:13], rest[13]
+    operands, saved, grads, needs = rest[:5], rest[5:8], rest[8:11], rest[11]
     with compat.without_autocast(x.device.type):
         return layer.backward(
-            Settings(cell, backend, batch_major), _operands(x, *operands), Results(*results), grads, needs
+            Settings(cell, backend, batch_major), _operands(x, *operands), Saved(*saved), grads, needs
         )
 
 
@@ -68,7 +69,8 @@ def _fake_rows(
 ) -> Tensor:
     """What layer.py gives for a row of `shape` in each step and sequence of x."""
     if x.dim() == 3 and batch_major and lengths is None:
-        return x.new_empty(x.shape[1], x.shape[0], *shape, dtype=dtype).transpose(0, 1)
+        row, inner = math.prod(shape), [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        return x.new_empty_strided((*x.shape[:2], *shape), (row, x.shape[0] * row, *inner), dtype=dtype)
     return x.new_empty(*x.shape[:-1], *shape, dtype=dtype)
 
 
@@ -139,11 +141,11 @@ def _forward(settings: Settings, operands: Operands, save: bool) -> Results:
 
 
 def _backward(
-    settings: Settings, operands: Operands, results: Results, grads: Sequence[Tensor | None], needs: Sequence[bool]
+    settings: Settings, operands: Operands, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor]:
-    if _direct(operands) and all(compat.is_plain(t) for t in (*results, *grads) if t is not None):
-        return layer.backward(settings, operands, results, grads, needs)
-    found: list[Tensor] = torch.ops.rnnkern.layer_backward(*settings, *operands, *results, *grads, needs)
+    if _direct(operands) and all(compat.is_plain(t) for t in (*saved, *grads) if t is not None):
+        return layer.backward(settings, operands, saved, grads, needs)
+    found: list[Tensor] = torch.ops.rnnkern.layer_backward(*settings, *operands, *saved, *grads, needs)
     return found
 
 
@@ -189,25 +191,30 @@ class LayerFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.settings, tensors = inputs[:3], inputs[3:]
         ctx.count = len(tensors)
-        _, _, c_n, gates, cells = output
+        y, _, c_n, gates, cells = output
         has_c = _from_tensors(tensors).c0 is not None
         ctx.mark_non_differentiable(*((gates, cells) if has_c else (c_n, gates, cells)))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_backward(*tensors, y, gates, cells)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        tensors, results = saved[: ctx.count], Results(*saved[ctx.count :])
+        kept = ctx.saved_tensors  # asked for once: checkpoint recomputes at each look
+        tensors, saved = kept[: ctx.count], Saved(*kept[ctx.count :])
         needs = tuple(ctx.needs_input_grad[5:])
         nothing: tuple[None, ...] = (None,) * (3 + ctx.count)
         wanted = (grads[0], grads[1], grads[2] if tensors[4] is not None else None)
         if all(g is None for g in wanted) or not any(needs):
             return nothing
+        if any(g is not None and compat.is_legacy_batched(g) for g in wanted):
+            raise NotImplementedError(
+                "rnnkern takes no batched gradients from torch.autograd (is_grads_batched=True, vectorize=True); "
+                "use torch.func.vmap, torch.func.vjp or torch.func.jacrev"
+            )
         if torch.is_grad_enabled() or compat.in_transform():
-            found = LayerGradient.apply(*ctx.settings, needs, *tensors, *results, *wanted)  # type: ignore[no-untyped-call]
+            found = LayerGradient.apply(*ctx.settings, needs, *tensors, *saved, *wanted)  # type: ignore[no-untyped-call]
         else:
-            found = _backward(Settings(*ctx.settings), _from_tensors(tensors), results, wanted, needs)
+            found = _backward(Settings(*ctx.settings), _from_tensors(tensors), saved, wanted, needs)
         gradients = iter(found)
         return (*(None,) * 5, *(next(gradients) if needed else None for needed in needs))
 
@@ -224,22 +231,23 @@ class LayerGradient(torch.autograd.Function):
         cell: str, backend: str, batch_major: bool, needs: tuple[bool, ...], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         count = 2 + len(needs)
-        results = Results(*tensors[count : count + 5])  # type: ignore[arg-type]
+        saved = Saved(*tensors[count : count + 3])  # type: ignore[arg-type]
         settings = Settings(cell, backend, batch_major)
-        return tuple(_backward(settings, _from_tensors(tensors[:count]), results, tensors[count + 5 :], needs))
+        return tuple(_backward(settings, _from_tensors(tensors[:count]), saved, tensors[count + 3 :], needs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.settings, ctx.needs, tensors = inputs[:3], inputs[3], inputs[4:]
         count = 2 + len(ctx.needs)
-        ctx.save_for_backward(*tensors[:count], *tensors[count + 5 :])
+        ctx.save_for_backward(*tensors[:count], *tensors[count + 3 :])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         count = 2 + len(ctx.needs)
-        tensors, grads = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        kept = ctx.saved_tensors
+        tensors, grads = kept[:count], kept[count:]
         second = _second_derivatives(Settings(*ctx.settings), ctx.needs, tensors, grads, cotangents)
-        return (*(None,) * 4, *second[:count], *(None,) * 5, *second[count:])
+        return (*(None,) * 4, *second[:count], *(None,) * 3, *second[count:])
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:

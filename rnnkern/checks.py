@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern.cells import CellSpec, Weights
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
@@ -19,9 +21,14 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 def operands(cell: CellSpec, x: Tensor, h0: Tensor, c0: Tensor | None, weights: tuple[Weights, ...]) -> None:
     """The sizes and devices of one layer's operands: what a kernel takes on trust. x is (T, B, I) or packed (N, I)."""
+    if x.dtype not in DTYPES:
+        raise RuntimeError(
+            f"input: expected one of {', '.join(str(dtype) for dtype in DTYPES)}, got {x.dtype}; "
+            "torch.nn's modules (rnnkern.to_torch) may know it"
+        )
     inputs, gates = x.shape[-1], len(cell.gates)
+    hidden, outputs = weights[0].weight_hh.shape[0] // gates, weights[0].weight_hh.shape[1]
     for w in weights:
-        hidden, outputs = w.weight_hh.shape[0] // gates, w.weight_hh.shape[1]
         expected = {
             "weight_ih": (gates * hidden, inputs),
             "weight_hh": (gates * hidden, outputs),
@@ -29,6 +36,10 @@ def operands(cell: CellSpec, x: Tensor, h0: Tensor, c0: Tensor | None, weights: 
             "bias_hh": (gates * hidden,),
             "weight_hr": (outputs, hidden),
         }
+        if w.weight_hr is not None and not cell.has_c:
+            raise RuntimeError(
+                f"weight_hr: only an LSTM can project its state, got {_shape(w.weight_hr)} for {cell.name}"
+            )
         if w.weight_hr is None and hidden != outputs:
             raise RuntimeError(
                 f"weight_hh: expected ({gates}*H, H) for {cell.name}, got {_shape(w.weight_hh)}; "
@@ -164,14 +175,20 @@ def weight_lists(weights: Sequence[Sequence[Tensor]], directions: int, who: str)
         expected = "two lists for each layer, one a direction" if directions == 2 else "a list for each layer"
         raise ValueError(f"{who}: weights: expected {expected}, got {len(weights)} list(s)")
     for index, flat in enumerate(weights):
-        if not 2 <= len(flat) <= 5:
+        if not 2 <= len(flat) <= 5 or len(flat) != len(weights[0]) or not all(isinstance(w, Tensor) for w in flat):
             raise ValueError(
-                f"{who}: weights[{index}]: expected [w_ih, w_hh] and optionally b_ih, b_hh and w_hr, "
-                f"got {len(flat)} tensor(s)"
+                f"{who}: weights[{index}]: expected tensors [w_ih, w_hh], optionally with b_ih and b_hh and with w_hr, "
+                f"as many as in weights[0], got {[type(w).__name__ for w in flat]}"
             )
 
 
+def _states_apart(given: Sequence[Tensor] | Tensor, who: str) -> None:
+    if isinstance(given, Tensor):
+        raise RuntimeError(f"{who}: hx: expected a pair (h0, c0), got one tensor of shape {_shape(given)}")
+
+
 def states_rank(given: Sequence[Tensor], rank: int, who: str) -> None:
+    _states_apart(given, who)
     for name, tensor in zip(("h0", "c0"), given, strict=False):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{who}: {name}: expected a {rank}-D tensor, got {type(tensor).__name__}")
@@ -203,6 +220,7 @@ def no_projection(proj_size: int) -> None:
 
 
 def cell_states_rank(given: Sequence[Tensor], rank: int, who: str) -> None:
+    _states_apart(given, who)
     for name, tensor in zip(("h", "c"), given, strict=False):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{who}: {name}: expected a {rank}-D tensor, got {type(tensor).__name__}")

@@ -22,6 +22,11 @@ def has_tangent(tensor: Tensor) -> bool:
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def is_legacy_batched(tensor: Tensor) -> bool:
+    """Whether torch.autograd's own vmap, of is_grads_batched and vectorize=True, made this tensor."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
 def in_jit_trace() -> bool:
     """Whether torch.jit.trace records this call."""
     return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None

@@ -70,6 +70,8 @@ def _check_torch(name: str, module: nn.Module) -> None:
     """Refuses what looks recurrent but is neither torch.nn's nor rnnkern's own class."""
     if isinstance(module, tuple(COUNTERPARTS.values())):
         return
+    if "forward" in module.__dict__:
+        raise TypeError(f"{name}: its forward has been replaced on the instance; undo that first. Nothing was changed")
     if type(module) not in COUNTERPARTS and not nn.utils.parametrize.is_parametrized(module):
         raise TypeError(
             f"{name}: {type(module).__module__}.{type(module).__qualname__} is a subclass of "

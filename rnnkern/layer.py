@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rnnkern import checks
-from rnnkern.backends import Gradients, Layer, States, compute_dtype, select
+from rnnkern.backends import Gradients, Layer, Saved, States, compute_dtype, select
 from rnnkern.cells import CELLS, Weights, split_directions
 from rnnkern.packing import Packing, pack, previous_rows
 
@@ -120,7 +120,7 @@ def _previous(layer: Layer, y: Tensor, d: int) -> Tensor:
 
 
 def _weight_gradients(
-    layer: Layer, saved: States, gradients: Gradients, needed: tuple[Weights, ...]
+    layer: Layer, saved: Saved, gradients: Gradients, needed: tuple[Weights, ...]
 ) -> list[Tensor | None]:
     """The gradients of all weights that `needed` (true where wanted) asks for, direction after direction."""
     results: list[Tensor | None] = []
@@ -141,7 +141,7 @@ def _recurrent_bias_gradient(layer: Layer, dgh: Tensor, of_bias_ih: Tensor | Non
     return dgh.sum(0) if layer.cell.separate or of_bias_ih is None else of_bias_ih.clone()
 
 
-def _projection_gradient(layer: Layer, saved: States, gradients: Gradients, d: int) -> Tensor:
+def _projection_gradient(layer: Layer, saved: Saved, gradients: Gradients, d: int) -> Tensor:
     """dW_hr (P, H) = dp^T m, with the unprojected m = o tanh(c) formed again from what was saved."""
     assert saved.gates is not None
     assert saved.cells is not None
@@ -154,15 +154,13 @@ def _projection_gradient(layer: Layer, saved: States, gradients: Gradients, d: i
 def _input_gradient(layer: Layer, dgx: Tensor) -> Tensor:
     """dx = dgx W_ih, summed over directions: (T, B, I) or (N, I)."""
     weight = torch.cat([w.weight_ih for w in layer.weights])  # (D*G*H, I)
-    dx = _flat(layer, dgx) @ weight
-    if layer.batch_sizes is not None:
-        return dx
-    steps, batch, inputs = layer.x.shape
-    return dx.view(batch, steps, inputs).transpose(0, 1) if layer.batch_major else dx.view(steps, batch, inputs)
+    dx = layer.rows(layer.x.shape[-1])
+    torch.mm(_flat(layer, dgx), weight, out=_flat(layer, dx))
+    return dx
 
 
 def backward(
-    settings: Settings, operands: Operands, results: Results, grads: Sequence[Tensor | None], needs: Sequence[bool]
+    settings: Settings, operands: Operands, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor]:
     """The gradients of x, h0, c0 and all weights where `needs` is true, in this order.
 
@@ -170,18 +168,15 @@ def backward(
     """
     backend = select(settings.backend, operands.x.device)
     layer, packing = prepare(settings, operands)
-    saved = States(results.y, results.h_n, None, results.gates, results.cells)
     dy, dh_n, dc_n = grads
     if packing is not None:
         rows = len(packing.step)
-        saved = saved._replace(y=packing.gather(saved.y), gates=results.gates[:rows], cells=results.cells[:rows])
+        saved = Saved(packing.gather(saved.y), *(None if part is None else part[:rows] for part in saved[1:]))
         dy = None if dy is None else packing.gather(dy)
         dh_n, dc_n = packing.sort(dh_n), packing.sort(dc_n)
     dtype = layer.x.dtype
-    saved = saved._replace(
-        y=saved.y.to(dtype),
-        gates=saved.gates if layer.cell.saved else None,
-        cells=saved.cells if layer.cell.has_c else None,
+    saved = Saved(
+        saved.y.to(dtype), saved.gates if layer.cell.saved else None, saved.cells if layer.cell.has_c else None
     )
     dy, dh_n, dc_n = (None if g is None else g.to(dtype) for g in (dy, dh_n, dc_n))
     gradients = backend.backward(layer, saved, dy, dh_n, dc_n)

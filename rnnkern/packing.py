@@ -43,7 +43,7 @@ def pack(lengths: Tensor, steps: int) -> Packing:
     """The packing of sequences of these lengths, (B,) int64 on the CPU, in a padded tensor of `steps` steps."""
     checks.length_values(lengths, steps)
     falling, order = lengths.sort(descending=True, stable=True)
-    real = torch.arange(steps).unsqueeze(1) < falling  # (T, B)
+    real = torch.arange(steps, device="cpu").unsqueeze(1) < falling  # (T, B)
     step, row = real.nonzero(as_tuple=True)
     return Packing(step, order[row], order, real.sum(1))
 
@@ -52,8 +52,8 @@ def positions(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
     """(step, sequence) of each packed row, (N,) int64 each."""
     starts = torch.cumsum(batch_sizes, 0) - batch_sizes
     rows = int(batch_sizes.sum())
-    step = torch.repeat_interleave(torch.arange(len(batch_sizes)), batch_sizes, output_size=rows)
-    return step, torch.arange(rows) - starts[step]
+    step = torch.repeat_interleave(torch.arange(len(batch_sizes), device="cpu"), batch_sizes, output_size=rows)
+    return step, torch.arange(rows, device="cpu") - starts[step]
 
 
 def previous_rows(batch_sizes: Tensor, reverse: bool) -> Tensor:

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rnnkern.backends import Gradients, Layer, States
+from rnnkern.backends import Gradients, Layer, Saved, States
 from rnnkern.cells import CellSpec, Weights
 from rnnkern.packing import positions
 
@@ -117,7 +117,7 @@ class _Grid:
             self.steps = len(layer.batch_sizes)
             step_index, sequence = positions(layer.batch_sizes)
             self.at = (step_index.to(layer.x.device), sequence.to(layer.x.device))
-            exists = torch.arange(self.batch).unsqueeze(0) < layer.batch_sizes.unsqueeze(1)
+            exists = torch.arange(self.batch, device="cpu").unsqueeze(0) < layer.batch_sizes.unsqueeze(1)
             self.active = exists.unsqueeze(-1).to(layer.x.device)
 
     def spread(self, rows: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ def sweep_backward(
     return SweepGradients(all_dgx, all_dgh, all_dp, dh, dc)
 
 
-def backward(layer: Layer, saved: States, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None) -> Gradients:
+def backward(layer: Layer, saved: Saved, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None) -> Gradients:
     """A layer's sweeps backward: the backend function."""
     grid = _Grid(layer)
     y = grid.spread(saved.y)

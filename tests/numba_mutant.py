@@ -39,8 +39,8 @@ def backward(cell: str) -> float:
 
     worst = 0.0
     for layer in layer_forms(cell):
-        saved = reference.forward(layer, save=True)
-        gradients = random_gradients(saved)
+        states = reference.forward(layer, save=True)
+        saved, gradients = states.saved, random_gradients(states)
         worst = max(
             worst,
             difference(numba_cpu.backward(layer, saved, *gradients), reference.backward(layer, saved, *gradients)),

@@ -245,3 +245,50 @@ def test_checkpoint_redraws_the_same_dropout(use_reentrant: bool) -> None:
 
     expected = gradient(lambda: module(x))
     assert torch.equal(gradient(lambda: checkpoint(module, x, use_reentrant=use_reentrant)), expected)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bidirectional": True}], ids=str)
+def test_results_may_be_changed_in_place(cell: str, options: dict[str, bool]) -> None:
+    """Final states before backward, as an episode's reset does; the output only where no backward follows."""
+    ours, theirs = twins(cell, **options)
+    x = random(3, 3, 2)
+    gradients = []
+    for module in (ours, theirs):
+        h, total = None, torch.zeros((), dtype=torch.float64)
+        for _ in range(3):
+            y, h = module(x, h)
+            for state in h if isinstance(h, tuple) else (h,):
+                state[:, 1] = 0
+            total = total + y.pow(2).sum()
+        gradients.append(torch.autograd.grad(total, list(module.parameters())))
+        with torch.no_grad():
+            module(x)[0].relu_()
+        module.eval()(x)[0].clamp_(min=0)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_output_changed_in_place_before_backward_raises(cell: str) -> None:
+    module, _ = twins(cell)
+    y, _ = module(random(3, 2, 2))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.mul_(2).sum().backward()
+
+
+def test_batched_gradients_say_what_to_use() -> None:
+    module, _ = twins("gru")
+    with pytest.raises(NotImplementedError, match=r"torch\.func"):
+        torch.autograd.functional.jacobian(lambda v: module(v)[0], random(2, 1, 2), vectorize=True)
+
+
+@pytest.mark.parametrize("backend", ["numba", "reference"])
+def test_backward_inside_autocast(backend: str) -> None:
+    module = rnnkern.LSTM(3, 8, backend=backend)
+    x = torch.randn(5, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = module(x)[0].float().pow(2).sum()
+        inside = torch.autograd.grad(total, list(module.parameters()), retain_graph=True)
+    outside = torch.autograd.grad(total, list(module.parameters()))
+    for own, other in zip(inside, outside, strict=True):
+        assert torch.equal(own, other)

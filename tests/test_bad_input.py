@@ -316,3 +316,32 @@ def test_functional_with_weights_that_do_not_fit() -> None:
         rnnkern.functional.lstm(x, None, [[w_ih, w_hh]] * 3, bidirectional=True)
     with pytest.raises((RuntimeError, ValueError), match="weight"):
         rnnkern.functional.lstm(x, None, [])
+
+
+@pytest.mark.parametrize("cell", ["gru", "rnn"])
+def test_only_an_lstm_projects(cell: str) -> None:
+    rows = {"gru": 24, "rnn": 8}[cell]
+    weights = [torch.randn(rows, 3), torch.randn(rows, 2), torch.randn(rows), torch.randn(rows), torch.randn(2, 8)]
+    with pytest.raises(RuntimeError, match="weight_hr: only an LSTM can project"):
+        getattr(rnnkern.functional, cell)(torch.randn(5, 3, 3), None, [weights])
+
+
+@pytest.mark.parametrize("backend", ["numba", "reference"])
+def test_complex_modules_raise(backend: str) -> None:
+    module = rnnkern.GRU(3, 4, dtype=torch.complex64, backend=backend)
+    with pytest.raises(RuntimeError, match=r"input: expected one of .*got torch.complex64"):
+        module(torch.randn(5, 2, 3, dtype=torch.complex64))
+
+
+def test_one_tensor_for_two_states() -> None:
+    with pytest.raises(RuntimeError, match=r"LSTM: hx: expected a pair \(h0, c0\)"):
+        rnnkern.LSTM(3, 4)(torch.randn(5, 2, 3), torch.zeros(1, 2, 4))
+    with pytest.raises(RuntimeError, match=r"LSTMCell: hx: expected a pair \(h0, c0\)"):
+        rnnkern.LSTMCell(3, 4)(torch.randn(2, 3), torch.zeros(2, 4))
+
+
+def test_lengths_under_another_default_device() -> None:
+    module, x, lengths = rnnkern.GRU(3, 4), torch.randn(5, 2, 3), torch.tensor([2, 5])
+    expected = module(x, lengths=lengths)[0]
+    with torch.device("meta"):
+        assert torch.equal(module(x, lengths=lengths)[0], expected)

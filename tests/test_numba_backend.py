@@ -37,12 +37,12 @@ Parts = tuple[Tensor | None, ...]
 def sweeps(layer: Layer) -> Parts:
     """All that a forward and a backward sweep give."""
     states = numba_cpu.forward(layer, save=True)
-    return (*states, *numba_cpu.backward(layer, states, *random_gradients(states)))
+    return (*states, *numba_cpu.backward(layer, states.saved, *random_gradients(states)))
 
 
 def oracle(layer: Layer) -> Parts:
     states = reference.forward(layer, save=True)
-    return (*states, *reference.backward(layer, states, *random_gradients(states)))
+    return (*states, *reference.backward(layer, states.saved, *random_gradients(states)))
 
 
 @pytest.fixture(autouse=True)
@@ -223,9 +223,9 @@ def test_operands_may_lie_in_memory_in_any_way() -> None:
     assert bitwise_equal(sweeps(strided), sweeps(contiguous))
     states = numba_cpu.forward(plain, save=True)
     one = torch.ones((), dtype=torch.float64)
-    expanded = numba_cpu.backward(plain, states, one.expand_as(states.y), one.expand_as(states.h_n), None)
+    expanded = numba_cpu.backward(plain, states.saved, one.expand_as(states.y), one.expand_as(states.h_n), None)
     assert bitwise_equal(
-        expanded, numba_cpu.backward(plain, states, torch.ones_like(states.y), torch.ones_like(states.h_n), None)
+        expanded, numba_cpu.backward(plain, states.saved, torch.ones_like(states.y), torch.ones_like(states.h_n), None)
     )
 
 

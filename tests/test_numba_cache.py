@@ -92,6 +92,33 @@ def test_a_slow_compile_is_told_in_one_line(warm: Warm) -> None:
     assert str(warm.cache) in line
 
 
+def test_a_damaged_cache_is_told_and_computes(warm: Warm, tmp_path: Path) -> None:
+    cache = shutil.copytree(warm.cache, tmp_path / "cache")
+    indices = list(cache.rglob("*.nbi"))
+    assert indices
+    for index in indices:
+        index.write_bytes(b"")
+    again = python(ONE_KERNEL, warm.package, cache)
+    assert "the kernel cache" in again.stderr
+    assert value(again) == TANH_OF_2
+
+
+def test_a_thread_that_outlives_the_main_one(warm: Warm) -> None:
+    code = """
+import threading, time
+import torch, rnnkern
+torch.set_num_threads(2)
+m = rnnkern.RNN(8, 32)
+x = torch.randn(100, 32, 8)
+def work():
+    time.sleep(1)
+    with torch.no_grad():
+        print("done", m(x)[0].shape[0])
+threading.Thread(target=work).start()
+"""
+    assert "done 100" in python(code, warm.package, warm.cache).stdout
+
+
 def test_a_second_process_compiles_nothing(warm: Warm) -> None:
     files = kernel_files(warm.cache)
     assert files

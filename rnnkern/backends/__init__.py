@@ -5,6 +5,7 @@ autograd, autocast or the order of a user's dimensions: `rnnkern/layer.py` bring
 and turns `Gradients` into the gradients of input and weights by matrix products that all backends share.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -51,8 +52,18 @@ class Layer:
         packed."""
         if self.batch_major and self.batch_sizes is None:
             steps, batch = self.x.shape[:2]
-            return self.x.new_empty(batch, steps, *shape).transpose(0, 1)
+            row = math.prod(shape)  # strided, not transposed: autograd refuses to change a Function's view in place
+            inner = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+            return self.x.new_empty_strided((steps, batch, *shape), (row, steps * row, *inner))
         return self.x.new_empty(*self.x.shape[:-1], *shape)
+
+
+class Saved(NamedTuple):
+    """What a backward sweep reads of the forward one. Not the final states: callers may change those in place."""
+
+    y: Tensor  # (T, B, D*P) or (N, D*P)
+    gates: Tensor | None  # (T, B, D, saved*H) or (N, D, saved*H), activated
+    cells: Tensor | None  # (T, B, D, H) or (N, D, H)
 
 
 class States(NamedTuple):
@@ -61,8 +72,13 @@ class States(NamedTuple):
     y: Tensor  # (T, B, D*P) or (N, D*P)
     h_n: Tensor  # (D, B, P): the state after each sequence's own last step
     c_n: Tensor | None  # (D, B, H)
-    gates: Tensor | None  # (T, B, D, saved*H) or (N, D, saved*H), activated
-    cells: Tensor | None  # (T, B, D, H) or (N, D, H)
+    gates: Tensor | None
+    cells: Tensor | None
+
+    @property
+    def saved(self) -> Saved:
+        """What backward needs of these."""
+        return Saved(self.y, self.gates, self.cells)
 
 
 class Gradients(NamedTuple):
@@ -82,7 +98,7 @@ class Backend(Protocol):
         """Runs the sweep; `save` keeps what backward needs."""
 
     def backward(
-        self, layer: Layer, saved: States, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None
+        self, layer: Layer, saved: Saved, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None
     ) -> Gradients:
         """Runs the sweep back from the gradients of the results (None: zero)."""
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnnkern.backends import Gradients, Layer, States
+from rnnkern.backends import Gradients, Layer, Saved, States
 from rnnkern.backends.numba_cpu import jit, pool
 from rnnkern.backends.numba_cpu.kernels import KERNELS, Weight, pack
 from rnnkern.backends.numba_cpu.sweep import Backward, Forward, Rows
@@ -44,7 +44,7 @@ def _ready(kernel: Any, *arguments: Any) -> Callable[..., None]:
     if key not in _compiled:
         with _compile_lock:
             start = time.perf_counter()
-            kernel.compile(tuple(numba.typeof(argument) for argument in arguments))
+            jit.compile_kernel(kernel, tuple(numba.typeof(argument) for argument in arguments))
             seconds = time.perf_counter() - start
         if seconds > SLOW_COMPILE_SECONDS:
             kept = f"kept in {jit.CACHE_FOLDER}" if jit.CACHE_FOLDER else "not kept: no cache folder is writable"
@@ -223,7 +223,7 @@ def forward(layer: Layer, save: bool) -> States:
     return states
 
 
-def backward(layer: Layer, saved: States, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None) -> Gradients:
+def backward(layer: Layer, saved: Saved, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None) -> Gradients:
     cell, hidden, outputs = layer.cell, layer.hidden, layer.outputs
     call, recurrent = _Call(layer), len(layer.cell.gates) * layer.hidden
     projected = layer.weights[0].weight_hr is not None

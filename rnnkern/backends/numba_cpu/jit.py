@@ -8,6 +8,7 @@ process, which is said once.
 
 import hashlib
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 
 import llvmlite
 import numba
+from numba.core.caching import NullCache
 
 
 def _source_hash() -> str:
@@ -76,3 +78,18 @@ def kernel(function: Callable[..., Any]) -> Any:
         finally:
             numba.config.CACHE_DIR = before
     return dispatcher
+
+
+def compile_kernel(dispatcher: Any, signature: tuple[Any, ...]) -> None:
+    """Compiles or loads a kernel; without the cache, as a warning says, where that cannot be read or written."""
+    try:
+        dispatcher.compile(signature)
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        warnings.warn(
+            f"rnnkern: the kernel cache {CACHE_FOLDER} failed ({type(error).__name__}: {error}), so this process "
+            "compiles without it; make room there, or delete the folder",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        dispatcher._cache = NullCache()
+        dispatcher.compile(signature)

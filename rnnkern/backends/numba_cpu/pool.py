@@ -32,7 +32,17 @@ def _submit(tasks: Sequence[Callable[[], None]]) -> list[Future[None]]:
             if _executor is not None:
                 _executor.shutdown(wait=False)  # what it was given still runs to its end
             _executor, _width = ThreadPoolExecutor(len(tasks), thread_name_prefix="rnnkern"), len(tasks)
-        return [_executor.submit(task) for task in tasks]
+        return [_start(_executor, task) for task in tasks]
+
+
+def _start(executor: ThreadPoolExecutor, task: Callable[[], None]) -> Future[None]:
+    try:
+        return executor.submit(task)
+    except RuntimeError:  # the interpreter is shutting down: a thread that outlives the main one does the work itself
+        future: Future[None] = Future()
+        task()
+        future.set_result(None)
+        return future
 
 
 def run(tasks: Sequence[Callable[[], None]]) -> None:
