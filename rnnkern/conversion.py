@@ -35,8 +35,7 @@ def convert(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: a module inside is a subclass of torch.nn's that rnnkern cannot know. Nothing has been changed then.
         ValueError: a module's parameters are not torch.nn's (parametrised, pruned, the old weight_norm or
-        spectral_norm): convert before
-            such a change is made, or undo it first. Nothing has been changed then.
+            spectral_norm): convert before such a change is made, or undo it first. Nothing has been changed then.
     """
     return _replace_all(model, COUNTERPARTS, _check_torch)
 

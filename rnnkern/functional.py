@@ -191,17 +191,15 @@ def lstm(
     Args:
         input: (T, B, I), (B, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence.
         hx: (h0, c0) of shapes (layers*directions, B, P) and (layers*directions, B, H), without B when unbatched; None
-        for zeros.
+            for zeros.
         weights: for each layer and direction ``[w_ih (4H, I), w_hh (4H, P), b_ih (4H,), b_hh (4H,), w_hr (P, H)]``,
-        biases and
-            projection optional: ``torch.nn.LSTM.all_weights``. P is H, or the size of the projection. Gate order i, f,
-            g, o.
+            biases and projection optional: ``torch.nn.LSTM.all_weights``. P is H, or the size of the projection. Gate
+            order i, f, g, o.
         bidirectional: ``weights`` hold two directions for each layer.
         batch_first: the batch is the first dimension of input and output.
         dropout: probability for the outputs of each layer but the last, drawn when ``training``.
         lengths: (B,) int64, 1 <= length <= T, in any order: the result of packing, without packing. Outputs past a
-        length are zero,
-            the final states are those of each sequence's own last step.
+            length are zero, the final states are those of each sequence's own last step.
         backend: "auto", or one that ``python -m rnnkern`` lists.
 
     Returns:
@@ -210,7 +208,7 @@ def lstm(
     Raises:
         ValueError: input of another rank or dtype, lengths out of range, an unknown backend.
         RuntimeError: sizes, dtypes or devices that do not fit each other, a sequence of length 0, a backend that cannot
-        run here.
+            run here.
 
     Source: Hochreiter and Schmidhuber 1997; Gers et al. 2000; projection: Sak et al. 2014.
     """

@@ -1,8 +1,7 @@
-"""One layer's call around a backend: rows brought into its form, results brought back, gradients of weights by matrix
-products.
+"""One layer's call around a backend: its form of the rows, and gradients of weights by matrix products.
 
-What autograd wraps (rnnkern/autograd.py) and what every backend shares. T steps, B sequences, I inputs,
-H units, P outputs a direction, D directions, N = T*B rows or as many as are packed.
+What autograd wraps (rnnkern/autograd.py) and what every backend shares. T steps, B sequences, I inputs, H units,
+P outputs a direction, D directions, N = T*B rows or as many as are packed.
 """
 
 from collections.abc import Sequence

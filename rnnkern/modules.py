@@ -78,21 +78,19 @@ class LSTM(_Layers):
         c_t = f * c_{t-1} + i * g, \quad h_t = o * \tanh(c_t)
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as in
-        ``torch.nn.LSTM``,
-            with the same parameters, names, shapes and initialisation.
-        backend: "auto" (the fastest for the device of the input), or one that ``python -m rnnkern`` lists: it runs, or
-        raises.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype:
+            as in ``torch.nn.LSTM``, with the same parameters, names, shapes and initialisation.
+        backend: "auto" (the fastest for the device of the input), or one that ``python -m rnnkern`` lists: it runs,
+            or raises.
 
     Call with:
         input: (T, B, I), (B, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence; in the dtype of the
-        weights.
+            weights.
         hx: (h0, c0) of shapes (layers*directions, B, P) and (layers*directions, B, H); without B when unbatched; zeros
-        if left out.
-            P is H, or proj_size.
-        lengths: (B,) int64, 1 <= length <= T, in any order, for padded input: outputs past a length are zero, the final
-        states are each
-            sequence's own, and the reverse direction starts at its end. Not with a PackedSequence, not unbatched.
+            if left out. P is H, or proj_size.
+        lengths: (B,) int64, 1 <= length <= T, in any order, for padded input: outputs past a length are zero, the
+            final states are each sequence's own, and the reverse direction starts at its end. Not with a
+            PackedSequence, not unbatched.
 
     Returns:
         output (T, B, directions*P) in the form of the input, and (h_n, c_n) in the shapes of hx.

@@ -3,19 +3,18 @@
 Slow, and meant to be read: any device, any dtype, differentiable any number of times. Every kernel is tested against
 it, and second derivatives go through it (rnnkern/autograd.py).
 
-A step takes the pre-activations gx = W_ih x_t + b_ih and gh = W_hh h_{t-1} + b_hh, (B, G*H) each. With * elementwise, s
-the sigmoid:
+A step takes the pre-activations gx = W_ih x_t + b_ih and gh = W_hh h_{t-1} + b_hh, (B, G*H) each. With * elementwise,
+s the sigmoid:
 
-    LSTM   i, f, o = s(gx + gh),  g = tanh(gx + gh)     c = f*c' + i*g      h = o*tanh(c)      Hochreiter 1997, Gers
-    2000
-    GRU    r, z = s(gx + gh),  n = tanh(gx_n + r*gh_n)  h = (1-z)*n + z*h'                     Cho 2014, as in cuDNN
-    (reset after)
-    RNN    h = tanh(gx + gh)  or  relu(gx + gh)                                                Elman 1990
+    LSTM   i, f, o = s(gx + gh),  g = tanh(gx + gh)     c = f*c' + i*g      h = o*tanh(c)
+    GRU    r, z = s(gx + gh),  n = tanh(gx_n + r*gh_n)  h = (1-z)*n + z*h'
+    RNN    h = tanh(gx + gh)  or  relu(gx + gh)
 
+(LSTM: Hochreiter 1997, Gers 2000. GRU: Cho 2014, reset after the product as in cuDNN. RNN: Elman 1990.)
 (' marks the value of the step before.) Backward, with s' = s(1-s) and tanh' = 1 - tanh^2 in terms of the outputs:
 
-    LSTM   dc += dh*o*(1-tanh(c)^2);  di = dc*g*i(1-i);  df = dc*c'*f(1-f);  dg = dc*i*(1-g^2);  do = dh*tanh(c)*o(1-o);
-     dc' = dc*f
+    LSTM   dc += dh*o*(1-tanh(c)^2);  di = dc*g*i(1-i);  df = dc*c'*f(1-f);  dg = dc*i*(1-g^2)
+           do = dh*tanh(c)*o(1-o);  dc' = dc*f
     GRU    dn = dh*(1-z)*(1-n^2);  dr = dn*gh_n*r(1-r);  dz = dh*(h'-n)*z(1-z);  of gh_n: dn*r;  straight to h': dh*z
     RNN    dh*(1-h^2)  or  0 where h <= 0, else dh
 

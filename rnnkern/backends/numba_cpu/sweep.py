@@ -1,17 +1,15 @@
-"""The two recurrent sweeps of one direction of a layer, over a range of batch rows; the cell is a parameter, compiled
-in.
+"""The two recurrent sweeps of one direction of a layer, over a range of batch rows; the cell is compiled in.
 
 Memory. T steps, B rows, I inputs, H units, P outputs (H, or proj_size), lanes units a vector; everything in the dtype
 of `zero`.
 
     x, y, gates, cells, d*   `Rows`: row b of step t lies at base + t*step + (starts[t] + b)*row. A padded layout has
-    starts = 0; packed
-                             rows have step = 0 and starts = the row where step t begins. counts[t] rows take part in
-                             step t: the sequences are sorted by length, longest first, so that they are always the
-                             first rows.
+                             starts = 0; packed rows have step = 0 and starts = the row where step t begins. counts[t]
+                             rows take part in step t: the sequences are sorted by length, longest first, so that they
+                             are always the first rows.
     w_*                      packed panels (tile.py)
-    h (2,B,W) c (B,W) ...    carried in the caller's workspace, W = units rounded up to whole panels, so that no load
-    there needs a mask
+    h (2,B,W) c (B,W) ...    carried in the caller's workspace, W = units rounded up to whole vectors, so that no load
+                             there needs a mask
 
 A thread runs a whole sweep over rows [first, last) and shares nothing it writes: no barrier. Forward takes the steps in
 the order of its direction, and so do the counts fall (rows leave, their state goes to h_n) or rise (rows join, their
