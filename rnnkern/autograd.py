@@ -8,7 +8,6 @@ without running. In plain eager mode their bodies in layer.py are called directl
 are left out too.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rnnkern import compat, layer, reference
-from rnnkern.backends import Saved, compute_dtype
+from rnnkern.backends import Saved, compute_dtype, empty_rows
 from rnnkern.cells import CELLS, split_directions
 from rnnkern.layer import Operands, Results, Settings
 
@@ -68,10 +67,7 @@ def _fake_rows(
     x: Tensor, shape: tuple[int, ...], lengths: Tensor | None, batch_major: bool, dtype: torch.dtype | None = None
 ) -> Tensor:
     """What layer.py gives for a row of `shape` in each step and sequence of x."""
-    if x.dim() == 3 and batch_major and lengths is None:
-        row, inner = math.prod(shape), [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        return x.new_empty_strided((*x.shape[:2], *shape), (row, x.shape[0] * row, *inner), dtype=dtype)
-    return x.new_empty(*x.shape[:-1], *shape, dtype=dtype)
+    return empty_rows(x, shape, batch_major and x.dim() == 3 and lengths is None, dtype)
 
 
 def _fake_state(state: Tensor) -> Tensor:

@@ -24,6 +24,16 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def empty_rows(x: Tensor, shape: tuple[int, ...], batch_major: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """Empty rows of `shape`, one for each of x: (T, B, *shape), in memory (B, T, ...) if asked or (N, *shape)."""
+    if not batch_major:
+        return x.new_empty(*x.shape[:-1], *shape, dtype=dtype)
+    steps, batch = x.shape[:2]
+    row = math.prod(shape)  # strided, not transposed: autograd refuses to change a Function's view in place
+    inner = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return x.new_empty_strided((steps, batch, *shape), (row, steps * row, *inner), dtype=dtype)
+
+
 @dataclass(frozen=True)
 class Layer:
     """One layer's call. T steps, B sequences, I inputs, H units, P outputs a direction (H, or proj_size), D
@@ -50,12 +60,7 @@ class Layer:
     def rows(self, *shape: int) -> Tensor:
         """An uninitialised buffer with a row of `shape` for each step and sequence: (T, B, *shape), or (N, *shape) when
         packed."""
-        if self.batch_major and self.batch_sizes is None:
-            steps, batch = self.x.shape[:2]
-            row = math.prod(shape)  # strided, not transposed: autograd refuses to change a Function's view in place
-            inner = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-            return self.x.new_empty_strided((steps, batch, *shape), (row, steps * row, *inner))
-        return self.x.new_empty(*self.x.shape[:-1], *shape)
+        return empty_rows(self.x, shape, self.batch_major and self.batch_sizes is None)
 
 
 class Saved(NamedTuple):

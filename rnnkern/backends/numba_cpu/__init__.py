@@ -187,6 +187,7 @@ def forward(layer: Layer, save: bool) -> States:
         layer.rows(call.directions, len(cell.saved) * hidden) if keep else None,
         layer.rows(call.directions, hidden) if keep and cell.has_c else None,
     )
+    x = call.rows(layer.x)  # once: it may have to be copied
     arguments = []
     for d, weights in enumerate(layer.weights):
         b_x, b_h = _biases(weights, cell.separate)
@@ -200,7 +201,7 @@ def forward(layer: Layer, save: bool) -> States:
                 outputs=outputs,
                 starts=call.starts.ctypes.data,
                 counts=call.counts.ctypes.data,
-                x=call.rows(layer.x),
+                x=x,
                 y=call.rows(_direction(y, d, outputs)),
                 gates=call.rows(_direction(states.gates, d)),
                 cells=call.rows(_direction(states.cells, d)),
