@@ -18,7 +18,7 @@ import torch
 from benchmarks.machine import ROOT
 from benchmarks.results import RNNKERN, TORCH
 from benchmarks.rivals import CELLS, TOLERANCE, Rival, make_problem, rnnkern_rival, torch_rival
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.shapes import Shape, named
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # glibc gives a freed block of this size back at once, instead of keeping it where the next step would hide in it
@@ -59,7 +59,7 @@ def peak_growth(implementation: str, cell: str, shape: Shape, dtype: torch.dtype
 def measure(implementation: str, cell: str, shape: Shape, dtype: str, threads: int, backend: str) -> float:
     """peak_growth in a fresh process."""
     if not CLEAR.exists():
-        raise RuntimeError("--memory: expected Linux's /proc/self/clear_refs, which is not here; leave --memory out")
+        raise RuntimeError("--memory: expected Linux's /proc/self/clear_refs, which is not here")
     words = [implementation, cell, shape.name, "--dtype", dtype, "--threads", str(threads), "--backend", backend]
     process = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", *words],
@@ -75,7 +75,7 @@ def main() -> None:
     )
     parser.add_argument("implementation", choices=(TORCH, RNNKERN))
     parser.add_argument("cell", choices=tuple(CELLS))
-    parser.add_argument("shape", choices=tuple(shape.name for shape in SHAPES))
+    parser.add_argument("shape", help="a name of the registry, or sizes as T28,B64,I28,H128")
     parser.add_argument(
         "--dtype", default="float32", choices=[str(dtype).removeprefix("torch.") for dtype in TOLERANCE]
     )
@@ -83,8 +83,11 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    shape = next(shape for shape in SHAPES if shape.name == chosen.shape)
-    print(peak_growth(chosen.implementation, chosen.cell, shape, getattr(torch, chosen.dtype), chosen.backend))
+    print(
+        peak_growth(
+            chosen.implementation, chosen.cell, named(chosen.shape), getattr(torch, chosen.dtype), chosen.backend
+        )
+    )
 
 
 if __name__ == "__main__":

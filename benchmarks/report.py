@@ -1,4 +1,6 @@
-"""The picture and a markdown table from what `python -m benchmarks` wrote: `python -m benchmarks.report [CSV ...]`.
+"""Pictures and markdown tables from what `python -m benchmarks` wrote: `python -m benchmarks.report [CSV ...]`.
+
+`--write docs/performance.md` puts them into that document.
 
 A bar is torch.nn's time over rnnkern's, to the right of 1 where rnnkern is faster. The grey behind it is how far two
 copies of torch.nn came out apart in the same rounds. A diamond is torch.nn's time over onnxruntime's. Every row is
@@ -6,6 +8,7 @@ drawn from its newest measurement.
 """
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,26 +19,20 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from benchmarks import results
+from benchmarks import results, scaling
+from benchmarks.goals import summary
 from benchmarks.machine import ROOT
-from benchmarks.results import ONNX, RNNKERN, Row
+from benchmarks.results import ONNX, RNNKERN, TORCH, Row, family_means, mean_over, over
 from benchmarks.rivals import CELLS
-from benchmarks.timing import geometric_mean
+from benchmarks.shapes import FAMILIES
+from benchmarks.tables import COLOURS, memory_tables, number, origin, picture_link, shape_tables, thread_count, timed
 
-COLOURS = dict(zip(CELLS, ("#0072b2", "#e69f00", "#009e73"), strict=True))  # told apart by the colour-blind
 NOISE = "#c8c8c8"
 BAR = 0.27  # height; a shape has a bar for each cell and a gap
 WIDEST = (1 / 16, 64)  # what lies outside is cut; its number still stands at the panel's edge
 
-Place = tuple[int, str, str]  # threads, cell, mode
-
-
-def by_place(rows: Sequence[Row]) -> dict[Place, dict[str, Row]]:
-    """Rows by threads, cell and mode, then by the shape's name."""
-    places: dict[Place, dict[str, Row]] = {}
-    for row in rows:
-        places.setdefault(results.place(row[RNNKERN]), {})[row[RNNKERN].shape] = row
-    return places
+BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+MARKED = re.compile(f"^({BEGIN})$.*?^({END})$", re.MULTILINE | re.DOTALL)
 
 
 def shape_families(rows: Sequence[Row]) -> dict[str, str]:
@@ -45,39 +42,9 @@ def shape_families(rows: Sequence[Row]) -> dict[str, str]:
     return dict(sorted(pairs.items(), key=lambda pair: order.index(pair[1])))
 
 
-def means(members: dict[str, Row]) -> dict[str, float]:
-    """Geometric means over torch.nn by family."""
-    return results.family_means((row[RNNKERN].family, results.over_torch(row)) for row in members.values())
-
-
-def number(value: float) -> str:
-    """Three digits of a ratio."""
-    return f"{value:.2f}" if value < 9.95 else f"{value:.0f}"
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """A table for each number of threads."""
-    places, shapes, tables = by_place(rows), shape_families(rows), []
-    for threads in sorted({place[0] for place in places}):
-        columns = [place for place in places if place[0] == threads]
-        lines = [
-            f"torch.nn's time / rnnkern's (in brackets rnnkern's share of the ceiling), threads: {threads}\n",
-            "| shape | T B I H | " + " | ".join(f"{cell} {mode}" for _, cell, mode in columns) + " |",
-            "|---|---|" + "--:|" * len(columns),
-        ]
-        for shape in shapes:
-            found = [places[place].get(shape) for place in columns]
-            ours = next((row[RNNKERN] for row in found if row), None)
-            if ours:
-                cells = (
-                    f"{number(results.over_torch(row))} ({row[RNNKERN].share:.0%})" if row else "" for row in found
-                )
-                sizes = f"{ours.T} {ours.B} {ours.I} {ours.H}" + (f", {ours.options}" if ours.options else "")
-                lines.append(f"| {shape} | {sizes} | " + " | ".join(cells) + " |")
-        overall = (number(geometric_mean(means(places[place]).values())) for place in columns)
-        lines.append("| **mean over families** | | " + " | ".join(f"**{mean}**" for mean in overall) + " |")
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables)
+def overall(members: dict[str, Row]) -> str:
+    """The mean over families against torch.nn."""
+    return number(mean_over(FAMILIES, family_means(TORCH, members.values())))
 
 
 def draw_panel(axes: Axes, panel: dict[str, dict[str, Row]], shapes: dict[str, str]) -> None:
@@ -87,7 +54,7 @@ def draw_panel(axes: Axes, panel: dict[str, dict[str, Row]], shapes: dict[str, s
             row = panel.get(cell, {}).get(shape)
             if row is None:
                 continue
-            y, ratio, noise = index + (offset - 1) * BAR, results.over_torch(row), results.noise(row)
+            y, ratio, noise = index + (offset - 1) * BAR, over(TORCH, row), results.noise(row)
             axes.barh(y, noise - 1 / noise, BAR, left=1 / noise, color=NOISE, zorder=1)
             axes.barh(y, ratio - 1, BAR * 0.62, left=1, color=COLOURS[cell], zorder=2)
             if ONNX in row:
@@ -109,7 +76,7 @@ def draw_panel(axes: Axes, panel: dict[str, dict[str, Row]], shapes: dict[str, s
 
 def picture(rows: Sequence[Row], path: Path) -> None:
     """Panels side by side, a shape a line, a bar for each cell."""
-    places, shapes = by_place(rows), shape_families(rows)
+    places, shapes = results.by_place(rows), shape_families(rows)
     panels = sorted({(threads, mode) for threads, _, mode in places})
     figure, grid = pyplot.subplots(
         1, len(panels), sharex=True, sharey=True, squeeze=False, layout="constrained",
@@ -118,9 +85,8 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     for axes, (threads, mode) in zip(grid[0], panels, strict=True):
         panel = {cell: places[threads, cell, mode] for cell in CELLS if (threads, cell, mode) in places}
         draw_panel(axes, panel, shapes)
-        overall = (f"{CELLS[cell]} {number(geometric_mean(means(panel[cell]).values()))}" for cell in panel)
-        heading = f"{mode}, {threads} thread{'s' if threads > 1 else ''}"
-        axes.set_title(f"{heading}\nmean over families: {', '.join(overall)}", fontsize=8)
+        means = ", ".join(f"{CELLS[cell]} {overall(panel[cell])}" for cell in panel)
+        axes.set_title(f"{mode}, {thread_count(threads)}\nmean over families: {means}", fontsize=8)
     first: Axes = grid[0][0]
     first.set_xscale("log", base=2)
     low, high = first.get_xlim()
@@ -128,11 +94,9 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     first.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}x"))
     first.set_yticks(range(len(shapes)), list(shapes), fontsize=8)
     first.set_ylim(len(shapes) - 0.5, -0.5)
-    ours = max((row[RNNKERN] for row in rows), key=lambda record: record.date)
+    ours = rows[0][RNNKERN]
     figure.suptitle(
-        f"torch.nn's time / rnnkern's, {ours.dtype}: {ours.cpu}, {ours.cores} cores\n"
-        f"torch {ours.torch}, rnnkern {ours.rnnkern} {ours.commit}, {ours.date[:10]}",
-        fontsize=10,
+        f"torch.nn's time / rnnkern's, {ours.dtype}: {ours.cpu}, {ours.cores} cores\n{origin(rows)}", fontsize=8
     )
     keys: list[Artist] = [Patch(color=COLOURS[cell], label=f"rnnkern {CELLS[cell]}") for cell in CELLS]
     keys.append(Patch(color=NOISE, label="noise: torch.nn / torch.nn"))
@@ -147,34 +111,54 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def report(path: Path) -> list[Path]:
-    """Draws a picture beside the CSV for every dtype and backend in it, prints the tables, returns the pictures."""
+def section(path: Path, folder: Path) -> str:
+    """Draws a picture beside the CSV for every dtype and backend in it; the markdown for a document in `folder`."""
+    if path.stem.endswith(scaling.SUFFIX):
+        return scaling.section(path, folder)
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in results.read(path):
         groups.setdefault((row[RNNKERN].dtype, row[RNNKERN].backend), []).append(row)
-    pictures = []
+    parts = []
     for (dtype, backend), rows in groups.items():
-        marks = [mark for mark, usual in ((dtype, "float32"), (backend, "auto")) if mark != usual]
-        pictures.append(path.with_name("-".join([path.stem, *marks]) + ".png"))
-        picture(rows, pictures[-1])
-        print(f"{rows[0][RNNKERN].cpu}, {dtype}, backend {backend}: {pictures[-1]}\n\n{markdown(rows)}\n")
-    return pictures
+        parts += [f"### {rows[0][RNNKERN].cpu}, {dtype}, backend {backend}", origin(rows)]
+        if timed(rows):
+            marks = [mark for mark, usual in ((dtype, "float32"), (backend, "auto")) if mark != usual]
+            drawn = path.with_name("-".join([path.stem, *marks]) + ".png")
+            picture(timed(rows), drawn)
+            parts.append(picture_link(drawn, folder))
+        parts += [summary(rows), *shape_tables(rows), *memory_tables(rows)]
+    return "\n\n".join(parts)
+
+
+def insert(document: Path, text: str) -> None:
+    """Puts the text between the document's two markers, in place of what is there."""
+    old = document.read_text()
+    new, places = MARKED.subn(lambda found: f"{found[1]}\n\n{text}\n\n{found[2]}", old)
+    if places != 1:
+        raise ValueError(
+            f"--write: expected the lines {BEGIN} and {END} once in {document}, found {places} such places"
+        )
+    document.write_text(new)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reports on every file that is named, or there."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Draw what was measured.")
-    folder = ROOT / "benchmarks" / "results"
+    folder = results.FOLDER.relative_to(ROOT)
+    parser.add_argument("files", nargs="*", type=Path, metavar="CSV", help=f"default: all in {folder}")
     parser.add_argument(
-        "files", nargs="*", type=Path, metavar="CSV", help=f"default: all in {folder.relative_to(ROOT)}"
+        "--write", type=Path, metavar="DOCUMENT", help="put it between a document's markers and not on the screen"
     )
-    files = parser.parse_args(argv).files or sorted(folder.glob("*.csv"))
+    chosen = parser.parse_args(argv)
+    files = chosen.files or sorted(results.FOLDER.glob("*.csv"), key=lambda path: path.stem)
     if not files:
-        parser.error(
-            f"files: expected a CSV in {folder.relative_to(ROOT)}, found none; run `python -m benchmarks` first"
-        )
-    for path in files:
-        report(path)
+        parser.error(f"files: expected a CSV in {folder}, found none; run `python -m benchmarks` first")
+    text = "\n\n".join(section(path, chosen.write.parent if chosen.write else Path()) for path in files)
+    if chosen.write:
+        insert(chosen.write, text)
+        print(f"{len(files)} file{'s' if len(files) > 1 else ''} reported in {chosen.write}")
+    else:
+        print(text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A line of the CSV, reading and writing it, and means over shapes and families."""
+"""A line of the CSV, reading and writing it, ratios, and means over shapes and families."""
 
 import csv
 import math
@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import Machine
+from benchmarks.machine import ROOT, Machine
 from benchmarks.timing import geometric_mean
 
+FOLDER = ROOT / "benchmarks" / "results"
 TORCH, AGAIN, RNNKERN, ONNX = "torch", "torch again", "rnnkern", "onnxruntime"
+MEMORY = "memory"  # the mode of a row that holds the peak of a training step and no time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,26 +34,28 @@ class Record(Machine):
     options: str
     real_steps: int  # over all sequences
     implementation: str
-    rounds: int
-    calls: int
-    ms_q10: float  # milliseconds of a call
-    ms_q25: float
-    ms_median: float
-    ms_q75: float
-    ms_q90: float
-    ratio: float  # torch's time / this one's, round by round
-    gflops: float
+    rounds: int = 0
+    calls: int = 0
+    ms_q10: float = math.nan  # milliseconds of a call
+    ms_q25: float = math.nan
+    ms_median: float = math.nan
+    ms_q75: float = math.nan
+    ms_q90: float = math.nan
+    ratio: float = math.nan  # torch's time / this one's, round by round
+    gflops: float = math.nan
     ceiling_gflops: float  # of one core
-    memory_mb: float  # peak of a training step
+    memory_mb: float = math.nan  # peak of a training step
 
     @property
     def share(self) -> float:
-        """Of the ceiling of the cores in use."""
-        return self.gflops / (self.ceiling_gflops * self.threads)
+        """Of the ceiling of the cores in use: two threads have twice that of one, if there are two cores."""
+        return self.gflops / (self.ceiling_gflops * min(self.threads, self.cores))
 
 
 # One row of the table: its records by implementation
 Row = Mapping[str, Record]
+
+Place = tuple[int, str, str]  # threads, cell and mode: what a mean is taken over
 
 _PARSE: dict[Any, Callable[[str], Any]] = {int: int, float: lambda text: float(text or "nan"), str: str}
 
@@ -96,19 +100,22 @@ def read(path: Path) -> list[Row]:
     return list(rows.values())
 
 
-def place(record: Record) -> tuple[int, str, str]:
-    """What a mean is taken over: the rows of one of these."""
+def place(record: Record) -> Place:
+    """Where a record belongs."""
     return record.threads, record.cell, record.mode
 
 
-def over_torch(row: Row) -> float:
-    """torch.nn's time / rnnkern's."""
-    return row[RNNKERN].ratio
+def by_place(rows: Iterable[Row]) -> dict[Place, dict[str, Row]]:
+    """Rows by place, then by the shape's name."""
+    places: dict[Place, dict[str, Row]] = {}
+    for row in rows:
+        places.setdefault(place(row[RNNKERN]), {})[row[RNNKERN].shape] = row
+    return places
 
 
-def over_onnx(row: Row) -> float:
-    """onnxruntime's time / rnnkern's, NaN where it was not measured."""
-    return row[RNNKERN].ratio / row[ONNX].ratio if ONNX in row else math.nan
+def over(rival: str, row: Row) -> float:
+    """The rival's time / rnnkern's, NaN where the rival was not measured."""
+    return row[RNNKERN].ratio / row[rival].ratio if rival in row else math.nan
 
 
 def noise(row: Row) -> float:
@@ -116,10 +123,16 @@ def noise(row: Row) -> float:
     return max(row[AGAIN].ratio, 1 / row[AGAIN].ratio)
 
 
-def family_means(values: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Geometric mean per family from (family, ratio) pairs; NaN ratios are left out."""
+def family_means(rival: str, rows: Iterable[Row]) -> dict[str, float]:
+    """Geometric mean of the rows' ratios to the rival per family; rows without the rival are left out."""
     families: dict[str, list[float]] = {}
-    for family, value in values:
-        if not math.isnan(value):
-            families.setdefault(family, []).append(value)
+    for row in rows:
+        if not math.isnan(over(rival, row)):
+            families.setdefault(row[RNNKERN].family, []).append(over(rival, row))
     return {family: geometric_mean(ratios) for family, ratios in families.items()}
+
+
+def mean_over(families: Iterable[str], means: Mapping[str, float]) -> float:
+    """Geometric mean over those of the families that `means` has, NaN if it has none."""
+    found = [means[family] for family in families if family in means]
+    return geometric_mean(found) if found else math.nan

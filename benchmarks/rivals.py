@@ -1,6 +1,6 @@
 """The implementations that are compared: how each is built, what is timed, and what it is checked by."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnkern
+from benchmarks.results import TORCH
 from benchmarks.shapes import Shape
 
 # cell -> name of the layer, and with "Cell" behind it of the cell, in torch.nn and in rnnkern
@@ -162,3 +163,18 @@ def relative_rms(expected: Tensor, found: Tensor) -> float:
         raise ValueError(f"results: expected a tensor of shape {tuple(expected.shape)}, got {tuple(found.shape)}")
     norm = expected.double().norm()
     return float((found.double() - expected.double()).norm() / norm.clamp(min=torch.finfo(torch.float64).tiny))
+
+
+class Disagreement(Exception):
+    """An implementation's result is not torch.nn's."""
+
+
+def check(rivals: Mapping[str, Rival], dtype: torch.dtype) -> None:
+    """Raises Disagreement unless all give torch.nn's results."""
+    expected, limit = rivals[TORCH].results(), TOLERANCE[dtype]
+    for name, rival in rivals.items():
+        for tensor, error in differences(expected, rival.results()).items():
+            if not error <= limit:
+                raise Disagreement(
+                    f"{name}: {tensor} is {error:.1e} from torch.nn's (relative RMS), expected at most {limit:.0e}"
+                )

@@ -1,15 +1,19 @@
 """The shapes that are measured: what people run, not what the kernels like.
 
-Odd sizes, single streams and ragged batches are among them.
+Odd sizes, single streams and ragged batches are among them. Any other is spelled out, as `T28,B64,I28,H128,packed`.
 """
 
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+STEPWISE = "cell in a loop"  # among the options of such a shape, in words
+CUSTOM = "custom"  # the family of shapes that are spelled out
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Shape:
         said = [f"{self.layers} layers"] if self.layers > 1 else []
         said += ["bidirectional"] if self.bidirectional else []
         said += [self.ragged] if self.ragged else []
-        said += ["cell in a loop"] if self.stepwise else []
+        said += [STEPWISE] if self.stepwise else []
         return ", ".join(said)
 
 
@@ -103,6 +107,40 @@ SHAPES = (
 )
 
 FAMILIES = tuple(dict.fromkeys(shape.family for shape in SHAPES))
+
+# A word behind the sizes of a shape that is spelled out -> what it sets
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bidirectional": {"bidirectional": True},
+    "packed": {"ragged": "packed"},
+    "lengths": {"ragged": "lengths"},
+    "stepwise": {"stepwise": True},
+}
+
+
+def spelled(text: str) -> Shape:
+    """The shape that `T28,B64,I28,H128,layers=2,bidirectional` spells, which is also its name."""
+    sizes = re.fullmatch(r"T([1-9]\d*),B([1-9]\d*),I([1-9]\d*),H([1-9]\d*)((?:,[^,]+)*)", text)
+    if not sizes:
+        raise ValueError(f"shape: expected sizes from 1 up as in T28,B64,I28,H128, then options, got {text!r}")
+    options: dict[str, Any] = {}
+    for word in sizes[5].split(",")[1:]:
+        layers = re.fullmatch(r"layers=([1-9]\d*)", word)
+        new = {"layers": int(layers[1])} if layers else OPTIONS.get(word)
+        if not new or new.keys() & options.keys():
+            raise ValueError(
+                f"shape: expected options among layers=N, {', '.join(OPTIONS)}, "
+                f"each once and one of packed and lengths, got {word!r} in {text!r}"
+            )
+        options |= new
+    if options.keys() > {"stepwise"}:
+        raise ValueError(f"shape: expected no option beside stepwise, which runs one cell in a loop, got {text!r}")
+    T, B, I, H = (int(size) for size in sizes.groups()[:4])  # noqa: E741
+    return Shape(text, CUSTOM, T, B, I, H, **options)
+
+
+def named(name: str) -> Shape:
+    """The registry's shape of that name, or the one that it spells."""
+    return next((shape for shape in SHAPES if shape.name == name), None) or spelled(name)
 
 
 def select(patterns: list[str]) -> list[Shape]:
