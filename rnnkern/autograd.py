@@ -175,6 +175,15 @@ def _vmap_loop(
     return tuple(stacked), (0,) * len(stacked)
 
 
+def refuse_batched(grads: Sequence[Tensor | None]) -> None:
+    """Raises for gradients that torch.autograd's own vmap made."""
+    if any(g is not None and compat.is_legacy_batched(g) for g in grads):
+        raise NotImplementedError(
+            "rnnkern takes no batched gradients from torch.autograd (is_grads_batched=True, vectorize=True); "
+            "use torch.func.vmap, torch.func.vjp or torch.func.jacrev"
+        )
+
+
 class LayerFunction(torch.autograd.Function):
     """(y, h_n, c_n, gates, cells) of a layer call; the last two, what backward saves, are returned so that second
     derivatives see them."""
@@ -202,11 +211,7 @@ class LayerFunction(torch.autograd.Function):
         wanted = (grads[0], grads[1], grads[2] if tensors[4] is not None else None)
         if all(g is None for g in wanted) or not any(needs):
             return nothing
-        if any(g is not None and compat.is_legacy_batched(g) for g in wanted):
-            raise NotImplementedError(
-                "rnnkern takes no batched gradients from torch.autograd (is_grads_batched=True, vectorize=True); "
-                "use torch.func.vmap, torch.func.vjp or torch.func.jacrev"
-            )
+        refuse_batched(wanted)
         if torch.is_grad_enabled() or compat.in_transform():
             found = LayerGradient.apply(*ctx.settings, needs, *tensors, *saved, *wanted)  # type: ignore[no-untyped-call]
         else:
@@ -284,8 +289,8 @@ def _second_derivatives(
 
 def _differentiable(settings: Settings, operands: Operands) -> tuple[Tensor | None, ...]:
     """(y, h_n, c_n) by the oracle, in operations that torch can differentiate."""
-    prepared, packing = layer.prepare(settings, operands)
-    return layer.finish(operands, packing, reference.forward(prepared, save=False))
+    prepared = layer.prepare(settings, operands)
+    return layer.finish(reference.forward(prepared, save=False), operands.x.dtype)
 
 
 def apply_layer(settings: Settings, operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:

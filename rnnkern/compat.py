@@ -1,13 +1,22 @@
 """What rnnkern asks of torch beyond its public interface, in one place, since it may change with torch's version."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-_PLAIN_TYPES = (Tensor, Parameter)
+PLAIN_TYPES = (Tensor, Parameter)
 _PLAIN_DEVICES = ("cpu", "cuda")
+
+
+PLAIN_OR_NONE = {*PLAIN_TYPES, type(None)}
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply` without what torch does first for torch.func and for arguments left out, in half the time."""
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def in_transform() -> bool:
@@ -42,9 +51,22 @@ def in_plain_eager() -> bool:
     )
 
 
+def is_undisturbed() -> bool:
+    """Whether nothing but eager computation on the CPU is going on (`in_plain_eager`, no compiler at work): no mode of
+    torch would change what a call does, or wants to see it."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor is just memory: no subclass (FakeTensor, DTensor ...), no meta device."""
-    return type(tensor) in _PLAIN_TYPES and tensor.device.type in _PLAIN_DEVICES and tensor.layout == torch.strided
+    return type(tensor) in PLAIN_TYPES and tensor.device.type in _PLAIN_DEVICES and tensor.layout == torch.strided
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

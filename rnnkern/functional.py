@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as drop
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern import checks
+from rnnkern import checks, shortcut
 from rnnkern.autograd import apply_layer
 from rnnkern.backends import BACKENDS
 from rnnkern.cells import CELLS, CellSpec, Weights, named_weights
@@ -134,39 +134,74 @@ def one_state(hx: Tensor | None) -> States | None:
     return None if hx is None else (hx,)
 
 
+class Options(NamedTuple):
+    """How a layer or stack of layers is called, apart from its tensors."""
+
+    bidirectional: bool
+    batch_first: bool
+    dropout: float
+    training: bool
+    backend: str
+
+
 def run(
     cell: str,
     who: str,
     input: Tensor | PackedSequence,
     hx: States | None,
     weights: LayerWeights,
-    *,
-    bidirectional: bool,
-    batch_first: bool,
-    dropout: float,
-    training: bool,
     lengths: Tensor | None,
-    backend: str,
+    options: Options,
 ) -> tuple[Any, States]:
-    """What every cell's function does; states are tuples here whatever the cell."""
-    checks.backend_name(backend, BACKEND_NAMES)
-    directions = 2 if bidirectional else 1
-    checks.weight_lists(weights, directions, who)
-    packed = isinstance(input, PackedSequence)
+    """What every cell's function and module does; states are tuples here whatever the cell; weights, lists of tensors
+    for each layer and direction."""
+    if lengths is not None or (options.dropout and options.training) or torch.compiler.is_compiling():
+        return _ordinary(cell, who, input, hx, weights, lengths, options)
+    directions = 2 if options.bidirectional else 1
+    form = (cell, options.backend, len(weights) // directions, directions, options.batch_first, False)
+    flat = [weight for layer in weights for weight in layer]
+    description = shortcut.describe(form, input, hx, flat)
+    plan = shortcut.find(description)
+    if plan is not None:
+        return plan(input, hx or (), flat)  # type: ignore[arg-type]
+    results = _ordinary(cell, who, input, hx, weights, lengths, options)
+    shortcut.learn(description, form, input, hx, flat)
+    return results
+
+
+def _ordinary(
+    cell: str,
+    who: str,
+    input: Tensor | PackedSequence,
+    hx: States | None,
+    weights: LayerWeights,
+    lengths: Tensor | None,
+    options: Options,
+) -> tuple[Any, States]:
+    """A call with all its checks."""
+    checks.backend_name(options.backend, BACKEND_NAMES)
     stack = _Stack(
         CELLS[cell],
         who,
         [named_weights(flat) for flat in weights],
-        directions=directions,
-        dropout=dropout,
-        training=training,
-        batch_first=batch_first and not packed,
-        backend=backend,
+        directions=2 if options.bidirectional else 1,
+        dropout=options.dropout,
+        training=options.training,
+        batch_first=options.batch_first and not isinstance(input, PackedSequence),
+        backend=options.backend,
     )
     if isinstance(input, PackedSequence):
         checks.no_lengths(lengths, "a PackedSequence has its own")
         return _run_packed(stack, input, hx)
     return _run_padded(stack, input, hx, lengths)
+
+
+def _checked(
+    cell: str, who: str, input: Any, hx: States | None, weights: Any, lengths: Tensor | None, options: Options
+) -> tuple[Any, States]:
+    """`run` for weights that anyone may have put together."""
+    checks.weight_lists(weights, 2 if options.bidirectional else 1, who)
+    return run(cell, who, input, hx, weights, lengths, options)
 
 
 def lstm(
@@ -212,19 +247,8 @@ def lstm(
 
     Source: Hochreiter and Schmidhuber 1997; Gers et al. 2000; projection: Sak et al. 2014.
     """
-    output, (h_n, c_n) = run(
-        "lstm",
-        "lstm",
-        input,
-        hx,
-        weights,
-        bidirectional=bidirectional,
-        batch_first=batch_first,
-        dropout=dropout,
-        training=training,
-        lengths=lengths,
-        backend=backend,
-    )
+    options = Options(bidirectional, batch_first, dropout, training, backend)
+    output, (h_n, c_n) = _checked("lstm", "lstm", input, hx, weights, lengths, options)
     return output, (h_n, c_n)
 
 
@@ -249,19 +273,8 @@ def gru(
 
     Source: Cho et al. 2014, with the reset gate applied after the product, as torch.nn.GRU and cuDNN have it.
     """
-    output, (h_n,) = run(
-        "gru",
-        "gru",
-        input,
-        one_state(hx),
-        weights,
-        bidirectional=bidirectional,
-        batch_first=batch_first,
-        dropout=dropout,
-        training=training,
-        lengths=lengths,
-        backend=backend,
-    )
+    options = Options(bidirectional, batch_first, dropout, training, backend)
+    output, (h_n,) = _checked("gru", "gru", input, one_state(hx), weights, lengths, options)
     return output, h_n
 
 
@@ -288,17 +301,6 @@ def rnn(
     Source: Elman 1990.
     """
     checks.nonlinearity(nonlinearity)
-    output, (h_n,) = run(
-        f"rnn_{nonlinearity}",
-        "rnn",
-        input,
-        one_state(hx),
-        weights,
-        bidirectional=bidirectional,
-        batch_first=batch_first,
-        dropout=dropout,
-        training=training,
-        lengths=lengths,
-        backend=backend,
-    )
+    options = Options(bidirectional, batch_first, dropout, training, backend)
+    output, (h_n,) = _checked(f"rnn_{nonlinearity}", "rnn", input, one_state(hx), weights, lengths, options)
     return output, h_n

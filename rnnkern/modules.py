@@ -5,23 +5,33 @@ GRU and RNN. Weights are read by attribute at each call, so that parametrisation
 torch.func.functional_call are seen.
 """
 
+from collections.abc import Sequence
 from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern import checks
+from rnnkern import checks, shortcut
 from rnnkern.autograd import apply_layer
 from rnnkern.cells import CELL_OF_MODE, CELLS, CellSpec, Weights
 from rnnkern.compat import autocast_dtype
-from rnnkern.functional import BACKEND_NAMES, States, one_state, run
+from rnnkern.functional import BACKEND_NAMES, Options, States, one_state, run
 from rnnkern.layer import Operands, Settings
 
 NO_SCRIPT = (
     "torch.jit.script cannot compile rnnkern.{}; script the model with torch.nn's own modules, "
     "rnnkern.to_torch(model), or use torch.compile or torch.export"
 )
+
+
+def attributes(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
+    """The weights of these names, by the quickest way there is."""
+    parameters: dict[str, Any] = module._parameters
+    try:
+        return [parameters[name] for name in names]
+    except KeyError:  # a parametrised or pruned weight is an attribute, not a parameter
+        return [getattr(module, name) for name in names]
 
 
 class _Shared(torch.nn.Module):
@@ -55,20 +65,9 @@ class _Layers(_Shared, torch.nn.RNNBase):
         """Nothing to do: rnnkern's kernels read weights wherever they lie. Kept for code written for torch.nn."""
 
     def _run(self, input: Any, hx: States | None, lengths: Tensor | None) -> tuple[Any, States]:
-        weights = [[getattr(self, name) for name in names] for names in self._all_weights]
-        return run(
-            CELL_OF_MODE[self.mode].name,
-            type(self).__name__,
-            input,
-            hx,
-            weights,
-            bidirectional=self.bidirectional,
-            batch_first=self.batch_first,
-            dropout=self.dropout,
-            training=self.training,
-            lengths=lengths,
-            backend=self.backend,
-        )
+        weights = [attributes(self, names) for names in self._all_weights]
+        options = Options(self.bidirectional, self.batch_first, self.dropout, self.training, self.backend)
+        return run(CELL_OF_MODE[self.mode].name, type(self).__name__, input, hx, weights, lengths, options)
 
 
 class LSTM(_Layers):
@@ -269,10 +268,27 @@ def _cell_in_autocast(
     return input.to(dtype), tuple(s.to(dtype) for s in hx), weights.map(lambda w: w.to(dtype))
 
 
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
 class _Cell(_Shared, torch.nn.RNNCellBase):
     """The part of a *Cell module that does not depend on its cell: one step, which is a sequence of length 1."""
 
     def _step(self, cell: str, input: Tensor, hx: States | None) -> States:
+        flat = attributes(self, _CELL_WEIGHTS if self.bias else _CELL_WEIGHTS[:2])
+        if torch.compiler.is_compiling():
+            return self._ordinary_step(cell, input, hx, Weights(*flat))
+        form = (cell, self.backend, 1, 1, False, True)
+        description = shortcut.describe(form, input, hx, flat)
+        plan = shortcut.find(description)
+        if plan is not None:
+            return plan(input, hx or (), flat)[1]
+        states = self._ordinary_step(cell, input, hx, Weights(*flat))
+        shortcut.learn(description, form, input, hx, flat)
+        return states
+
+    def _ordinary_step(self, cell: str, input: Tensor, hx: States | None, weights: Weights) -> States:
+        """A step with all its checks."""
         who, spec = type(self).__name__, CELLS[cell]
         checks.input_rank(input, (1, 2), who)
         unbatched = input.dim() == 1
@@ -281,8 +297,7 @@ class _Cell(_Shared, torch.nn.RNNCellBase):
         if unbatched:
             input, hx = input.unsqueeze(0), None if hx is None else tuple(s.unsqueeze(0) for s in hx)
         if hx is None:
-            hx = (input.new_zeros(input.shape[0], self.weight_hh.shape[1]),) * spec.states
-        weights = Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+            hx = (input.new_zeros(input.shape[0], weights.weight_hh.shape[1]),) * spec.states
         autocast = autocast_dtype(input.device.type)
         if autocast is not None:
             input, hx, weights = _cell_in_autocast(spec, autocast, input, hx, weights)

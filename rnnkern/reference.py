@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rnnkern.backends import Gradients, Layer, Saved, States
+from rnnkern.backends import Layer, Needs, Saved, States
 from rnnkern.cells import CellSpec, Weights
 from rnnkern.packing import positions
 
@@ -105,19 +105,21 @@ def step_backward(cell: CellSpec, at: Around, dh: Tensor, dc: Tensor | None) -> 
 
 
 class _Grid:
-    """Rows of a layer call as padded (T, B, ...), and back. In a packed call `active` (T, B, 1) tells which elements
-    exist."""
+    """Rows of a layer call as padded (T, B, ...), and back. Where sequences differ in length, `active` (T, B, 1) tells
+    which elements exist."""
 
     def __init__(self, layer: Layer) -> None:
-        self.at: tuple[Tensor, Tensor] | None = None
+        self.at: tuple[Tensor, Tensor] | None = None  # (step, sequence) of each packed row
+        self.packed = layer.batch_sizes is not None and layer.order is None  # so are rows of x and y
         self.steps, self.batch = layer.x.shape[0], layer.h0.shape[1]
         self.active: Tensor | None = None
         if layer.batch_sizes is not None:
             self.steps = len(layer.batch_sizes)
             step_index, sequence = positions(layer.batch_sizes)
+            sequence = sequence if layer.order is None else layer.order[sequence]
             self.at = (step_index.to(layer.x.device), sequence.to(layer.x.device))
-            exists = torch.arange(self.batch, device="cpu").unsqueeze(0) < layer.batch_sizes.unsqueeze(1)
-            self.active = exists.unsqueeze(-1).to(layer.x.device)
+            exists = torch.zeros(self.steps, self.batch, 1, dtype=torch.bool, device=layer.x.device)
+            self.active = exists.index_put(self.at, exists.new_ones(()))
 
     def spread(self, rows: Tensor) -> Tensor:
         """(N, ...) -> (T, B, ...), zero where no row exists."""
@@ -128,6 +130,17 @@ class _Grid:
     def collect(self, grid: Tensor) -> Tensor:
         """(T, B, ...) -> (N, ...)."""
         return grid if self.at is None else grid[self.at]
+
+    def outer(self, rows: Tensor) -> Tensor:
+        """Rows of x, y or their gradients -> (T, B, ...), zero where a sequence has ended."""
+        return self.spread(rows) if self.packed else self.mask(rows)
+
+    def inner(self, grid: Tensor) -> Tensor:
+        """(T, B, ...) -> rows of x, y or their gradients, zero where a sequence has ended."""
+        return self.collect(grid) if self.packed else self.mask(grid)
+
+    def mask(self, grid: Tensor) -> Tensor:
+        return grid if self.active is None else torch.where(self.active, grid, torch.zeros_like(grid))
 
     def keep(self, t: int, new: Tensor, old: Tensor) -> Tensor:
         """`new` for the sequences that have a step t, `old` for the others."""
@@ -171,41 +184,39 @@ def sweep(cell: CellSpec, grid: _Grid, x: Tensor, w: Weights, h: Tensor, c: Tens
     return Sweep(torch.stack(y), h, c, torch.stack(saved) if saved else None, torch.stack(kept) if kept else None)
 
 
-def _join(grid: _Grid, parts: Sequence[Tensor | None], dim: int, stack: bool) -> Tensor | None:
-    """The directions' (T, B, n) side by side (stack: along a new dimension), as rows."""
+def _side_by_side(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The directions' (T, B, n) as (T, B, D, n)."""
     present = [part for part in parts if part is not None]
-    if not present:
-        return None
-    return grid.collect(torch.stack(present, dim) if stack else torch.cat(present, dim))
+    return torch.stack(present, 2) if present else None
 
 
 def forward(layer: Layer, save: bool = True) -> States:
     """A layer's sweeps: the backend function, and what second derivatives are taken of."""
     grid = _Grid(layer)
-    x = grid.spread(layer.x)
+    x = grid.outer(layer.x)
     sweeps = [
         sweep(layer.cell, grid, x, w, layer.h0[d], None if layer.c0 is None else layer.c0[d], reverse=d == 1)
         for d, w in enumerate(layer.weights)
     ]
-    y = _join(grid, [s.y for s in sweeps], -1, stack=False)
-    assert y is not None
+    gates, cells = (_side_by_side([getattr(s, name) for s in sweeps]) for name in ("gates", "cells"))
     return States(
-        y,
+        grid.inner(torch.cat([s.y for s in sweeps], -1)),
         torch.stack([s.h_n for s in sweeps]),
         None if layer.c0 is None else torch.stack([s.c_n for s in sweeps if s.c_n is not None]),
-        _join(grid, [s.gates for s in sweeps], 2, stack=True) if save else None,
-        _join(grid, [s.cells for s in sweeps], 2, stack=True) if save else None,
+        grid.collect(gates) if save and gates is not None else None,
+        grid.collect(cells) if save and cells is not None else None,
     )
 
 
 class SweepGradients(NamedTuple):
-    """The gradients of one direction, padded."""
+    """The gradients of one direction, padded, and what met W_hh."""
 
-    dgx: Tensor
-    dgh: Tensor
-    dp: Tensor
-    dh0: Tensor
-    dc0: Tensor | None
+    dgx: Tensor  # (T, B, G*H): of the input pre-activation W_ih x + b_ih
+    dgh: Tensor  # (T, B, G*H): of the recurrent pre-activation W_hh h + b_hh
+    dp: Tensor  # (T, B, P): of the projected state
+    h_prev: Tensor  # (T, B, P)
+    dh0: Tensor  # (B, P)
+    dc0: Tensor | None  # (B, H)
 
 
 def sweep_backward(
@@ -220,7 +231,7 @@ def sweep_backward(
     reverse: bool,
 ) -> SweepGradients:
     """All steps of one direction, last to first; `start` is (h0, c0), dh and dc those of the final states."""
-    dgx, dgh, dp = {}, {}, {}
+    rows: dict[int, tuple[Tensor, ...]] = {}
     order = grid.order(reverse)
     for index in reversed(range(len(order))):
         t = order[index]
@@ -234,23 +245,50 @@ def sweep_backward(
         around = Around(gates, saved.y[t], h_prev, None if saved.cells is None else saved.cells[t], c_prev)
         dh_t = dh + dy[t]
         g = step_backward(cell, around, dh_t if w.weight_hr is None else dh_t @ w.weight_hr, dc)
-        dgx[t], dgh[t], dp[t] = (grid.keep(t, part, torch.zeros_like(part)) for part in (g.dgx, g.dgh, dh_t))
+        rows[t] = tuple(grid.keep(t, part, torch.zeros_like(part)) for part in (g.dgx, g.dgh, dh_t, h_prev))
         dh = grid.keep(t, g.direct + g.dgh @ w.weight_hh, dh)
         if dc is not None and g.dc is not None:
             dc = grid.keep(t, g.dc, dc)
-    all_dgx, all_dgh, all_dp = (torch.stack([part[t] for t in range(grid.steps)]) for part in (dgx, dgh, dp))
-    return SweepGradients(all_dgx, all_dgh, all_dp, dh, dc)
+    dgx, dgh, dp, h_before = (torch.stack(part) for part in zip(*(rows[t] for t in range(grid.steps)), strict=True))
+    return SweepGradients(dgx, dgh, dp, h_before, dh, dc)
 
 
-def backward(layer: Layer, saved: Saved, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None) -> Gradients:
+def _weight_gradients(
+    cell: CellSpec, x: Tensor, saved: Sweep, g: SweepGradients, wanted: Weights
+) -> list[Tensor | None]:
+    """dW_ih, dW_hh, db_ih, db_hh, dW_hr of one direction where wanted: sums of outer products over all steps and
+    sequences."""
+
+    def outer(left: Tensor, right: Tensor) -> Tensor:
+        return left.flatten(0, 1).t() @ right.flatten(0, 1)
+
+    of_projection = None
+    if wanted.weight_hr:
+        assert saved.gates is not None
+        assert saved.cells is not None
+        o = saved.gates.chunk(len(cell.saved), -1)[cell.saved.index("o")]
+        of_projection = outer(g.dp, o * saved.cells.tanh())
+    return [
+        outer(g.dgx, x) if wanted.weight_ih else None,
+        outer(g.dgh, g.h_prev) if wanted.weight_hh else None,
+        g.dgx.sum((0, 1)) if wanted.bias_ih else None,
+        g.dgh.sum((0, 1)) if wanted.bias_hh else None,
+        of_projection,
+    ]
+
+
+def backward(
+    layer: Layer, saved: Saved, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, needs: Needs
+) -> list[Tensor | None]:
     """A layer's sweeps backward: the backend function."""
     grid = _Grid(layer)
-    y = grid.spread(saved.y)
+    x, y = grid.outer(layer.x), grid.outer(saved.y)
     gates, cells = (None if part is None else grid.spread(part) for part in (saved.gates, saved.cells))
-    dy = torch.zeros_like(y) if dy is None else grid.spread(dy)
+    dy = torch.zeros_like(y) if dy is None else grid.outer(dy)
     dh_n = torch.zeros_like(layer.h0) if dh_n is None else dh_n
     dc_n = torch.zeros_like(layer.c0) if dc_n is None and layer.c0 is not None else dc_n
-    parts = []
+    parts: list[SweepGradients] = []
+    of_weights: list[Tensor | None] = []
     for d, w in enumerate(layer.weights):
         columns = slice(d * layer.outputs, (d + 1) * layer.outputs)
         direction = Sweep(
@@ -262,16 +300,14 @@ def backward(layer: Layer, saved: Saved, dy: Tensor | None, dh_n: Tensor | None,
         )
         start = (layer.h0[d], None if layer.c0 is None else layer.c0[d])
         dc = None if dc_n is None else dc_n[d]
-        parts.append(
-            sweep_backward(layer.cell, grid, direction, w, start, dy[..., columns], dh_n[d], dc, reverse=d == 1)
-        )
-    dgx, dgh, dp = (_join(grid, [getattr(p, name) for p in parts], 2, stack=True) for name in ("dgx", "dgh", "dp"))
-    assert dgx is not None
-    assert dgh is not None
-    return Gradients(
-        dgx,
-        dgh if layer.cell.separate else dgx,
-        None if layer.weights[0].weight_hr is None else dp,
-        torch.stack([p.dh0 for p in parts]),
-        None if layer.c0 is None else torch.stack([p.dc0 for p in parts if p.dc0 is not None]),
-    )
+        g = sweep_backward(layer.cell, grid, direction, w, start, dy[..., columns], dh_n[d], dc, reverse=d == 1)
+        parts.append(g)
+        of_weights += _weight_gradients(layer.cell, x, direction, g, needs.weights[d])
+    dx = sum(g.dgx @ w.weight_ih for g, w in zip(parts, layer.weights, strict=True))
+    assert isinstance(dx, Tensor)
+    return [
+        grid.inner(dx) if needs.x else None,
+        torch.stack([g.dh0 for g in parts]) if needs.h0 else None,
+        torch.stack([g.dc0 for g in parts if g.dc0 is not None]) if needs.c0 else None,
+        *of_weights,
+    ]

@@ -1,10 +1,15 @@
-"""What every test runs under: a fixed seed and fixed hypothesis examples; and buffers that are NaN until written."""
+"""What every test runs under: a fixed seed and fixed hypothesis examples; and what several files take: buffers that are
+NaN until written, a number of threads."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+
+from rnnkern.backends.numba_cpu import pool
+from tests.numba_support import forget_plans, plan_constants
 
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 settings.load_profile("fixed")
@@ -12,9 +17,11 @@ settings.load_profile("fixed")
 
 @pytest.fixture(autouse=True)
 def same_start() -> None:
-    """One seed; and one thread, the quickest for small sizes: a test of threads sets their number itself."""
+    """One seed; no call has been seen before; and one thread, the quickest for small sizes: a test of threads sets
+    their number itself."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    forget_plans()
 
 
 @pytest.fixture
@@ -23,3 +30,26 @@ def nan_buffers() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads, and sets it back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def always_split(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Even the smallest call is shared among threads; the list holds how many tasks each had."""
+    counts: list[int] = []
+    run = pool.run
+
+    def counted(tasks: Any) -> None:
+        counts.append(len(tasks))
+        run(tasks)
+
+    monkeypatch.setattr(pool, "run", counted)
+    with plan_constants(WORTH_A_THREAD=1, LEAST_SEQUENCES=1):
+        yield counts

@@ -1,12 +1,29 @@
 """Layers in the form that backends take, for the tests of the Numba backend and of its mutants."""
 
-from collections.abc import Sequence
+import ctypes
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
-from rnnkern.backends import Layer, States
+from rnnkern import reference, shortcut
+from rnnkern.backends import Layer, Needs, States, numba_cpu
+from rnnkern.backends.numba_cpu import plans
 from rnnkern.cells import CELLS, Weights
+from rnnkern.packing import sort_lengths
+
+LIMIT = {torch.float32: 1e-5, torch.float64: 1e-12}
+# Sizes that leave rests everywhere: of a vector, of a panel, of a tile, of a share.
+ODD = {"steps": 4, "batch": 13, "inputs": 7, "hidden": 19}
+
+# Python 3.12 warns of a fork in a process that has threads. That it works is what tests show that are marked so.
+FORKS = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+Parts = tuple[Tensor | None, ...]
 
 
 def random_layer(
@@ -20,9 +37,13 @@ def random_layer(
     directions: int = 2,
     dtype: torch.dtype = torch.float64,
     batch_sizes: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+    bias: bool = True,
+    scale: float = 1.0,
     seed: int = 0,
 ) -> Layer:
-    """A call of random operands; `outputs` gives it a projection, `batch_sizes` (falling, from `batch`) packed rows."""
+    """A call of random operands; `outputs` gives it a projection, `batch_sizes` (falling, from `batch`) packed rows,
+    `lengths` (of `batch` sequences) padded ones; weights are drawn from [-scale, scale]."""
     spec, generator, units = CELLS[cell], torch.Generator().manual_seed(seed), outputs or hidden
     recurrent = len(spec.gates) * hidden
 
@@ -31,26 +52,41 @@ def random_layer(
 
     def weights() -> Weights:
         w_hr = None if outputs is None else draw(outputs, hidden)
-        return Weights(draw(recurrent, inputs), draw(recurrent, units), draw(recurrent), draw(recurrent), w_hr)
+        biases = (draw(recurrent), draw(recurrent)) if bias else (None, None)
+        drawn = Weights(draw(recurrent, inputs), draw(recurrent, units), *biases, w_hr)
+        return drawn.map(lambda w: w * scale)
 
+    order, counts = None, None if batch_sizes is None else torch.tensor(batch_sizes)
+    if lengths is not None:
+        order, counts = sort_lengths(torch.tensor(lengths, dtype=torch.int64), steps)
     return Layer(
         cell=spec,
         x=draw(steps, batch, inputs) if batch_sizes is None else draw(sum(batch_sizes), inputs),
         h0=draw(directions, batch, units),
         c0=draw(directions, batch, hidden) if spec.has_c else None,
         weights=tuple(weights() for _ in range(directions)),
-        batch_sizes=None if batch_sizes is None else torch.tensor(batch_sizes),
+        batch_sizes=counts,
+        order=order,
         batch_major=False,
     )
 
 
 def layer_forms(cell: str, dtype: torch.dtype = torch.float64) -> list[Layer]:
-    """The forms a call can take: padded, packed, and with a projection; both directions in each."""
+    """The forms a call can take: padded, packed, with lengths and with a projection; both directions in each. Some have
+    few enough rows to read weights in place, some do not."""
     packed = random_layer(cell, batch_sizes=[5, 4, 4, 2, 1], hidden=11, dtype=dtype, seed=1)
-    forms = [random_layer(cell, dtype=dtype), packed]
+    lengths = random_layer(cell, steps=7, batch=6, lengths=[2, 6, 6, 1, 4, 6], dtype=dtype, seed=3)
+    forms = [random_layer(cell, dtype=dtype), packed, lengths]
     if CELLS[cell].has_c:
         forms.append(random_layer(cell, outputs=3, batch_sizes=[5, 3, 3], dtype=dtype, seed=2))
+        forms.append(random_layer(cell, outputs=4, hidden=6, steps=6, dtype=dtype, seed=4))
     return forms
+
+
+def all_needs(layer: Layer) -> Needs:
+    """Asks for every gradient that there is."""
+    there = [Weights(*(w is not None for w in weights)) for weights in layer.weights]  # type: ignore[arg-type]
+    return Needs(True, True, layer.c0 is not None, tuple(there))
 
 
 def random_gradients(states: States) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -65,12 +101,60 @@ def random_gradients(states: States) -> tuple[Tensor, Tensor, Tensor | None]:
     return dy, dh_n, dc_n
 
 
+def sweeps(layer: Layer) -> Parts:
+    """All that a forward and a backward sweep give: y, h_n, c_n, gates, cells, dx, dh0, dc0, gradients of weights."""
+    states = numba_cpu.forward(layer, save=True)
+    return (*states, *numba_cpu.backward(layer, states.saved, *random_gradients(states), all_needs(layer)))
+
+
+def oracle(layer: Layer) -> Parts:
+    """The same by the reference."""
+    states = reference.forward(layer, save=True)
+    return (*states, *reference.backward(layer, states.saved, *random_gradients(states), all_needs(layer)))
+
+
+def but_weights(parts: Parts) -> Parts:
+    """Of what `sweeps` gives all but the gradients of weights: what no cutting into shares, blocks or chunks may
+    change."""
+    return parts[:8]
+
+
+def forget_plans() -> None:
+    """Every call is laid out anew."""
+    numba_cpu._plans.clear()
+    shortcut._plans.clear()
+
+
+@contextmanager
+def plan_constants(**values: int) -> Iterator[None]:
+    """Calls within are laid out with these constants of plans.py."""
+    forget_plans()
+    try:
+        with ExitStack() as stack:
+            for name, value in values.items():
+                stack.enter_context(mock.patch.object(plans, name, value))
+            yield
+    finally:
+        forget_plans()
+
+
+def before_a_forbidden_page(size: int) -> tuple[mmap.mmap, int]:
+    """Memory, and the place in it of `size` bytes, the last that may be touched: the page behind them is protected."""
+    usable = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, usable + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + usable), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    return memory, usable - size
+
+
 def difference(got: Sequence[Tensor | None], want: Sequence[Tensor | None]) -> float:
     """The largest error of any part, relative to the largest number of that part; inf where one is NaN or missing."""
     worst = 0.0
     for a, b in zip(got, want, strict=True):
         if a is None or b is None:
             worst = worst if a is b else float("inf")
+        elif a.shape != b.shape:
+            worst = float("inf")
         elif a.numel():
             error = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
             worst = max(worst, error) if error == error else float("inf")

@@ -1,4 +1,4 @@
-"""The matrix tile of every size and the packing of weights, against numpy."""
+"""The matrix tile of every size, both ways of walking A, against numpy."""
 
 from typing import Any
 
@@ -7,8 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from rnnkern.backends.numba_cpu.kernels import Weight, pack
-from rnnkern.backends.numba_cpu.tile import MAX_ROWS, MAX_VECTORS, tile
+from rnnkern.backends.numba_cpu.tile import MAX_ROWS, MAX_VECTORS, outer_tile, tile
 from rnnkern.backends.numba_cpu.vector import VECTOR_BYTES
 
 Array = npt.NDArray[Any]
@@ -18,23 +17,14 @@ DEPTHS = [0, 1, 2, 7, 33]
 GUARD = -12345.0
 
 
-def _run(
-    rows: Any,
-    vectors: Any,
-    a: Any,
-    a_row: Any,
-    panel: Any,
-    depth: Any,
-    c0: Any,
-    c0_row: Any,
-    c: Any,
-    c_row: Any,
-    zero: Any,
-) -> None:
-    tile(rows, vectors, a, a_row, panel, depth, c0, c0_row, c, c_row, zero)
+@numba.njit
+def _tile(rows, vectors, a, a_row, panel, panel_row, depth, c0, c0_row, c0_column, c, c_row, c_column, zero):  # type: ignore[no-untyped-def]
+    tile(rows, vectors, a, a_row, panel, panel_row, depth, c0, c0_row, c0_column, c, c_row, c_column, zero)
 
 
-_compiled = numba.njit(_run)
+@numba.njit
+def _outer_tile(vectors, a, a_k, panel, panel_row, depth, c0, c, c_row, zero):  # type: ignore[no-untyped-def]
+    outer_tile(vectors, a, a_k, panel, panel_row, depth, c0, c, c_row, zero)
 
 
 def lanes_of(dtype: Any) -> int:
@@ -42,24 +32,23 @@ def lanes_of(dtype: Any) -> int:
 
 
 def run_tile(a: Array, panel: Array, c0: Array, c: Array) -> None:
-    """C = C0 + A @ panel with the tile of A's rows and the panel's vectors; a C0 of one dimension is repeated."""
+    """C = C0 + A @ panel with the tile of A's rows and the panel's vectors. C0 and C are (rows, vectors, lanes), their
+    vectors wherever strides say; a C0 (vectors, lanes) is repeated."""
     rows, depth = a.shape
-    c0_row = c0.strides[0] if c0.ndim == 2 else 0
-    vectors, zero = panel.shape[1] // lanes_of(a.dtype), a.dtype.type(0)
-    addresses = [array.ctypes.data for array in (a, panel, c0, c)]
-    _compiled(
-        rows,
-        vectors,
-        addresses[0],
-        a.strides[0],
-        addresses[1],
-        depth,
-        addresses[2],
-        c0_row,
-        addresses[3],
-        c.strides[0],
-        zero,
-    )
+    c0_row = c0.strides[0] if c0.ndim == 3 else 0
+    _tile(
+        rows, panel.shape[1] // lanes_of(a.dtype), a.ctypes.data, a.strides[0], panel.ctypes.data, panel.strides[0],
+        depth, c0.ctypes.data, c0_row, c0.strides[-2], c.ctypes.data, c.strides[0], c.strides[1], a.dtype.type(0),
+    )  # fmt: skip
+
+
+def run_outer_tile(a: Array, panel: Array, c0: Array, c: Array) -> None:
+    """C (MAX_ROWS, vectors*lanes) = C0 + A^T @ panel for A (depth, MAX_ROWS) and one row C0."""
+    vectors = panel.shape[1] // lanes_of(a.dtype)
+    _outer_tile(
+        vectors, a.ctypes.data, a.strides[0], panel.ctypes.data, panel.strides[0], len(a), c0.ctypes.data,
+        c.ctypes.data, c.strides[0], a.dtype.type(0),
+    )  # fmt: skip
 
 
 def draw(rng: np.random.Generator, dtype: Any, *shape: int) -> Array:
@@ -69,17 +58,17 @@ def draw(rng: np.random.Generator, dtype: Any, *shape: int) -> Array:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_every_size_of_tile(depth: int, dtype: Any) -> None:
-    rng = np.random.default_rng(depth)
+    rng, lanes = np.random.default_rng(depth), lanes_of(dtype)
     for rows, vectors in SIZES:
-        width = vectors * lanes_of(dtype)
         a = draw(rng, dtype, rows, depth + 3)[:, :depth]  # rows lie apart
-        panel, c0 = draw(rng, dtype, depth, width), draw(rng, dtype, rows, width)
-        around = np.full((rows + 2, width + 5), GUARD, dtype)
-        c = around[1:-1, 2:-3]
+        panel = draw(rng, dtype, depth, vectors * lanes + 2)[:, : vectors * lanes]
+        c0 = draw(rng, dtype, rows, vectors + 1, lanes + 1)[:, 1:, 1:]  # and so do vectors
+        around = np.full((rows + 2, vectors + 2, lanes + 5), GUARD, dtype)
+        c = around[1:-1, 1:-1, 2:-3]
         run_tile(a, panel, c0, c)
-        want = c0.astype(np.float64) + a.astype(np.float64) @ panel.astype(np.float64)
+        product = (a.astype(np.float64) @ panel.astype(np.float64)).reshape(c.shape)
         np.testing.assert_allclose(
-            c, want, atol=(depth + 1) * np.finfo(dtype).eps, err_msg=f"{rows} rows, {vectors} vectors"
+            c, c0 + product, atol=(depth + 1) * np.finfo(dtype).eps, err_msg=f"{rows} rows, {vectors} vectors"
         )
         c[:] = GUARD
         assert (around == GUARD).all(), f"{rows} rows, {vectors} vectors write past C"
@@ -87,14 +76,14 @@ def test_every_size_of_tile(depth: int, dtype: Any) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_c0_may_be_one_row_or_c_itself(dtype: Any) -> None:
-    rng = np.random.default_rng(0)
+    rng, lanes = np.random.default_rng(0), lanes_of(dtype)
     for rows, vectors in SIZES:
-        width = vectors * lanes_of(dtype)
-        a, panel, bias = draw(rng, dtype, rows, 5), draw(rng, dtype, 5, width), draw(rng, dtype, width)
-        spread, in_place = np.empty((rows, width), dtype), np.tile(bias, (rows, 1))
+        a, panel = draw(rng, dtype, rows, 5), draw(rng, dtype, 5, vectors * lanes)
+        bias = draw(rng, dtype, vectors, lanes)
+        spread, in_place = np.empty((rows, vectors, lanes), dtype), np.tile(bias, (rows, 1, 1))
         run_tile(a, panel, bias, spread)
         run_tile(a, panel, in_place, in_place)
-        np.testing.assert_allclose(spread, bias + a @ panel, atol=6 * np.finfo(dtype).eps)
+        np.testing.assert_allclose(spread, bias + (a @ panel).reshape(spread.shape), atol=6 * np.finfo(dtype).eps)
         np.testing.assert_array_equal(in_place, spread)
 
 
@@ -102,64 +91,47 @@ def test_c0_may_be_one_row_or_c_itself(dtype: Any) -> None:
 def test_a_result_depends_neither_on_neighbours_nor_on_the_tile(dtype: Any) -> None:
     rng, lanes = np.random.default_rng(1), lanes_of(dtype)
     row, column, start = draw(rng, dtype, 101), draw(rng, dtype, 101, lanes), draw(rng, dtype, lanes)
-    alone = np.empty((1, lanes), dtype)
-    run_tile(row[None], column, start, alone)
+    alone = np.empty((1, 1, lanes), dtype)
+    run_tile(row[None], column, start[None], alone)
     for rows, vectors in SIZES:
         a, panel = draw(rng, dtype, rows, 101), draw(rng, dtype, 101, vectors * lanes)
         a[-1], panel[:, -lanes:] = row, column
-        c0, c = np.tile(start, (rows, vectors)), np.empty((rows, vectors * lanes), dtype)
+        c0, c = np.tile(start, (rows, vectors, 1)), np.empty((rows, vectors, lanes), dtype)
         a[0, 0] = np.nan if rows > 1 else a[0, 0]
         run_tile(a, panel, c0, c)
-        assert c[-1, -lanes:].tobytes() == alone.tobytes(), f"{rows} rows, {vectors} vectors"
-
-
-def packed_by_numpy(weight: Array, per_panel: int) -> Array:
-    """(gates, units, depth) as panels (depth, gates, vectors, lanes), one behind the other."""
-    gates, units, depth = weight.shape
-    lanes = lanes_of(weight.dtype)
-    vectors = -(-units // lanes)
-    padded = np.zeros((gates, vectors * lanes, depth), weight.dtype)
-    padded[:, :units] = weight
-    panels = [padded[:, v * lanes : min(v + per_panel, vectors) * lanes] for v in range(0, vectors, per_panel)]
-    return np.concatenate([panel.transpose(2, 0, 1).ravel() for panel in panels])
-
-
-def run_pack(weight: Array, per_panel: int) -> Array:
-    want = packed_by_numpy(weight, per_panel)
-    target = np.full(want.size + 16, GUARD, weight.dtype)
-    pack(
-        Weight(weight.ctypes.data, *weight.strides, *weight.shape),
-        per_panel,
-        target[8:].ctypes.data,
-        weight.dtype.type(0),
-    )
-    assert (target[:8] == GUARD).all()
-    assert (target[-8:] == GUARD).all()
-    return target[8:-8]
+        assert c[-1, -1].tobytes() == alone.tobytes(), f"{rows} rows, {vectors} vectors"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("per_panel", range(1, MAX_VECTORS + 1))
-def test_pack_of_every_width(per_panel: int, dtype: Any) -> None:
-    rng, lanes = np.random.default_rng(2), lanes_of(dtype)
-    for units in (1, lanes - 1, lanes, lanes + 1, 4 * lanes, 5 * lanes + 3):
-        for gates, depth in ((1, 1), (4, 3), (3, 7)):
-            weight = draw(rng, dtype, gates, units, depth)
-            np.testing.assert_array_equal(run_pack(weight, per_panel), packed_by_numpy(weight, per_panel))
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_outer_products_of_every_width(depth: int, dtype: Any) -> None:
+    rng = np.random.default_rng(depth)
+    for vectors in range(1, MAX_VECTORS + 1):
+        width, rows = vectors * lanes_of(dtype), MAX_ROWS[vectors]
+        a = draw(rng, dtype, depth, rows + 3)[:, :rows]
+        panel, c0 = draw(rng, dtype, depth, width + 2)[:, :width], draw(rng, dtype, width)
+        around = np.full((rows + 2, width + 5), GUARD, dtype)
+        c = around[1:-1, 2:-3]
+        run_outer_tile(a, panel, c0, c)
+        want = c0 + a.astype(np.float64).T @ panel.astype(np.float64)
+        np.testing.assert_allclose(c, want, atol=(depth + 1) * np.finfo(dtype).eps, err_msg=f"{vectors} vectors")
+        c[:] = GUARD
+        assert (around == GUARD).all(), f"{vectors} vectors write past C"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_pack_follows_any_strides(dtype: Any) -> None:
-    base = draw(np.random.default_rng(3), dtype, 6, 38, 38)
-    forms = {
-        "transposed": base[:4].transpose(0, 2, 1),
-        "sliced": base[1:5, 3:30, ::3],
-        "every other unit": base[::2, ::2],
-        "backwards": base[:, ::-1, ::-1],
-        "expanded": np.broadcast_to(base[:1, :, :1], (4, 38, 5)),
-        "one gate": base[2:3].transpose(0, 2, 1)[:, :17],
-    }
-    for name, weight in forms.items():
-        np.testing.assert_array_equal(
-            run_pack(weight, 2), packed_by_numpy(np.ascontiguousarray(weight), 2), err_msg=name
-        )
+def test_an_outer_product_depends_neither_on_neighbours_nor_on_the_tile(dtype: Any) -> None:
+    """Rows past the last gate may hold anything."""
+    rng, lanes = np.random.default_rng(1), lanes_of(dtype)
+    gate, column, start = draw(rng, dtype, 101), draw(rng, dtype, 101, lanes), draw(rng, dtype, lanes)
+    alone: set[bytes] = set()
+    for vectors in range(1, MAX_VECTORS + 1):
+        rows = MAX_ROWS[vectors]
+        for index in range(rows):
+            a, panel = np.full((101, rows), np.nan, dtype), draw(rng, dtype, 101, vectors * lanes)
+            a[:, index], panel[:, -lanes:] = gate, column
+            c = np.empty((rows, vectors * lanes), dtype)
+            run_outer_tile(a, panel, np.tile(start, vectors), c)
+            assert np.isnan(c[[r for r in range(rows) if r != index]]).all()
+            alone.add(c[index, -lanes:].tobytes())
+    assert len(alone) == 1

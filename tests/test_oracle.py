@@ -13,17 +13,22 @@ from rnnkern import reference
 from rnnkern.backends import Layer, Saved, numba_cpu
 from rnnkern.cells import CELLS, Weights
 from rnnkern.layer import Operands, Settings
-from rnnkern.packing import pack
+from rnnkern.packing import positions, sort_lengths
+from tests.numba_support import all_needs
 from tests.tables import KERNEL_BACKENDS, TOLERANCES, Case, relative_rms
 
 every_cell = pytest.mark.parametrize("cell", CELLS)
 
 
-def draw_layer(cell: str, sizes: tuple[int, int, int, int], directions: int, packed: bool, proj_size: int = 0) -> Layer:
-    """A layer's call with random operands in float64; packed lengths are spread over 1..T, with T among them."""
+ROWS = ("padded", "packed", "lengths")
+every_form = pytest.mark.parametrize("rows", ROWS)
+
+
+def draw_layer(cell: str, sizes: tuple[int, int, int, int], directions: int, rows: str, proj_size: int = 0) -> Layer:
+    """A layer's call with random operands in float64; lengths are spread over 1..T, with T among them."""
     T, B, I, H = sizes  # noqa: E741
     spec, P = CELLS[cell], proj_size or H
-    rows = len(spec.gates) * H
+    recurrent = len(spec.gates) * H
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64)
@@ -32,15 +37,26 @@ def draw_layer(cell: str, sizes: tuple[int, int, int, int], directions: int, pac
         return draw(*shape) / sqrt(H)
 
     weights = tuple(
-        Weights(weight(rows, I), weight(rows, P), weight(rows), weight(rows), weight(P, H) if proj_size else None)
+        Weights(
+            weight(recurrent, I),
+            weight(recurrent, P),
+            weight(recurrent),
+            weight(recurrent),
+            weight(P, H) if proj_size else None,
+        )
         for _ in range(directions)
     )
-    batch_sizes, x = None, draw(T, B, I)
-    if packed:
-        packing = pack(torch.tensor([1 + (T - 1) * (b * 5 % B) // max(B - 1, 1) if b else T for b in range(B)]), T)
-        batch_sizes, x = packing.batch_sizes, packing.gather(x)
+    order, batch_sizes, x = None, None, draw(T, B, I)
+    if rows != "padded":
+        lengths = torch.tensor([1 + (T - 1) * (b * 5 % B) // max(B - 1, 1) if b else T for b in range(B)])
+        order, batch_sizes = sort_lengths(lengths, T)
+    if rows == "packed":
+        assert order is not None
+        assert batch_sizes is not None
+        step, b = positions(batch_sizes)
+        x, order = x[step, order[b]], None
     h0, c0 = draw(directions, B, P), draw(directions, B, H) if spec.has_c else None
-    return Layer(spec, x, h0, c0, weights, batch_sizes, False)
+    return Layer(spec, x, h0, c0, weights, batch_sizes, order, False)
 
 
 # T, B, I, H: ones, primes, sizes on both sides of a vector and of a tile
@@ -50,22 +66,22 @@ SIZES = [(1, 1, 1, 1), (3, 1, 7, 5), (4, 13, 5, 17), (2, 33, 1, 8), (5, 3, 31, 6
 @every_cell
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@every_form
 @pytest.mark.usefixtures("nan_buffers")
-def test_kernels_against_the_oracle(cell: str, sizes: tuple[int, int, int, int], directions: int, packed: bool) -> None:
+def test_kernels_against_the_oracle(cell: str, sizes: tuple[int, int, int, int], directions: int, rows: str) -> None:
     for proj_size in (0, (sizes[3] + 1) // 2) if cell == "lstm" and sizes[3] > 1 else (0,):
-        check_kernels(draw_layer(cell, sizes, directions, packed, proj_size))
+        check_kernels(draw_layer(cell, sizes, directions, rows, proj_size))
 
 
 @every_cell
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@every_form
 @pytest.mark.usefixtures("nan_buffers")
-def test_kernels_on_three_threads(cell: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_on_three_threads(cell: str, rows: str, always_split: list[int]) -> None:
     """The batch is split, however small the work."""
     torch.set_num_threads(3)
-    monkeypatch.setattr(numba_cpu, "WORTH_A_THREAD", 1)
-    check_kernels(draw_layer(cell, (6, 7, 3, 11), 2, packed))
-    check_kernels(draw_layer(cell, (6, 7, 3, 11), 1, packed))
+    check_kernels(draw_layer(cell, (6, 7, 3, 11), 2, rows))
+    check_kernels(draw_layer(cell, (6, 7, 3, 11), 1, rows))
+    assert set(always_split) >= {3, 4}
 
 
 def check_kernels(call: Layer) -> None:
@@ -80,22 +96,26 @@ def check_kernels(call: Layer) -> None:
     assert torch.equal(inference.y, found.y)
     assert inference.gates is None
     incoming = [None if t is None else torch.randn_like(t) for t in (expected.y, expected.h_n, expected.c_n)]
+    needs = all_needs(call)
+    names = ("x", "h0", "c0", *Weights._fields * len(call.weights))
     for only in (None, *range(call.cell.states + 1)):
         given = [g if only in (None, i) else None for i, g in enumerate(incoming)]
-        wanted = reference.backward(call, expected.saved, *given)
-        got = numba_cpu.backward(call, expected.saved, *given)
-        for name in wanted._fields:
-            own, theirs = getattr(got, name), getattr(wanted, name)
-            assert own is theirs is None or relative_rms(own, theirs) < limit.gradient, f"{name}, given {only}"
+        wanted = reference.backward(call, expected.saved, *given, needs)
+        got = numba_cpu.backward(call, expected.saved, *given, needs)
+        for name, own, theirs in zip(names, got, wanted, strict=True):
+            if own is None or theirs is None:
+                assert own is theirs, f"{name}, given {only}"
+            else:
+                assert relative_rms(own, theirs) < limit.gradient, f"{name}, given {only}"
 
 
 @every_cell
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_oracle_backward_against_autograd(cell: str, directions: int, packed: bool) -> None:
+@every_form
+def test_oracle_backward_against_autograd(cell: str, directions: int, rows: str) -> None:
     """The backward written by hand is the derivative of the forward."""
     for proj_size in (0, 3) if cell == "lstm" else (0,):
-        check_oracle(draw_layer(cell, (6, 5, 3, 4), directions, packed, proj_size))
+        check_oracle(draw_layer(cell, (6, 5, 3, 4), directions, rows, proj_size))
 
 
 def check_oracle(call: Layer) -> None:
@@ -103,9 +123,15 @@ def check_oracle(call: Layer) -> None:
     leaves = [t.requires_grad_() for t in (call.x, call.h0, call.c0, *weights) if t is not None]
     needs = [t is not None for t in (call.x, call.h0, call.c0, *weights)]
     settings = Settings(call.cell.name, "reference", False)
-    operands = Operands(call.x, call.h0, call.c0, tuple(weights), None, call.batch_sizes)
-    prepared, packing = layer_calls.prepare(settings, operands)
-    results = [t for t in layer_calls.finish(operands, packing, reference.forward(prepared)) if t is not None]
+    lengths, batch_sizes = None, call.batch_sizes
+    if call.order is not None:
+        assert batch_sizes is not None
+        lengths = torch.empty_like(call.order)
+        lengths[call.order] = (batch_sizes.unsqueeze(1) > torch.arange(call.h0.shape[1])).sum(0)
+        batch_sizes = None
+    operands = Operands(call.x, call.h0, call.c0, tuple(weights), lengths, batch_sizes)
+    prepared = layer_calls.prepare(settings, operands)
+    results = [t for t in layer_calls.finish(reference.forward(prepared), call.x.dtype) if t is not None]
     incoming = [torch.randn_like(t) for t in results]
     expected = torch.autograd.grad(results, leaves, incoming)
     with torch.no_grad():
@@ -196,7 +222,7 @@ def test_every_cell_is_worked_out_by_hand() -> None:
 
 @every_cell
 @each_backend
-@pytest.mark.parametrize("rows", ["padded", "packed", "lengths"])
+@every_form
 def test_gradcheck(cell: str, backend: str, rows: str) -> None:
     proj_size = 2 if cell == "lstm" else 0
     case = Case(
@@ -281,7 +307,7 @@ PLACES += [(cell, "c0") for cell in CELLS if CELLS[cell].has_c]
 
 @pytest.mark.parametrize(("cell", "place"), PLACES)
 @each_backend
-@pytest.mark.parametrize("rows", ["padded", "packed", "lengths"])
+@every_form
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_not_finite(cell: str, backend: str, rows: str, value: float, place: str) -> None:
     """One number that is not finite reaches what it reaches in torch.nn, and no other sequence."""

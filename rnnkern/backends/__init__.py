@@ -1,21 +1,22 @@
 """The contract of a backend, and the registry of those that this installation has.
 
-A backend computes the recurrence of one layer, both directions in one call, forward and backward. It does not know
-autograd, autocast or the order of a user's dimensions: `rnnkern/layer.py` brings every call into the form of `Layer`,
-and turns `Gradients` into the gradients of input and weights by matrix products that all backends share.
+A backend computes one layer, both directions in one call, forward and backward. It does not know autograd, autocast or
+the order of a user's dimensions: `rnnkern/layer.py` brings every call into the form of `Layer`.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from rnnkern.cells import CellSpec, Weights
+
+if TYPE_CHECKING:
+    from rnnkern.shortcut import Form, Plan
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -34,19 +35,19 @@ def empty_rows(x: Tensor, shape: tuple[int, ...], batch_major: bool, dtype: torc
     return x.new_empty_strided((steps, batch, *shape), (row, steps * row, *inner), dtype=dtype)
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One layer's call. T steps, B sequences, I inputs, H units, P outputs a direction (H, or proj_size), D
-    directions."""
+class Layer(NamedTuple):
+    """One layer's call. T steps, B sequences, I inputs, H units, P outputs a direction (H, or proj_size), D directions,
+    N real steps of all sequences."""
 
     cell: CellSpec
-    x: Tensor  # (T, B, I) of any strides; or, with batch_sizes, packed rows (N, I)
+    x: Tensor  # (T, B, I) of any strides; or packed rows (N, I)
     h0: Tensor  # (D, B, P)
     c0: Tensor | None  # (D, B, H) where the cell has it
     weights: tuple[Weights, ...]  # one for each direction
-    batch_sizes: (
-        Tensor | None
-    )  # (T,) int64 on the CPU, falling: how many rows each step has; the longest sequence is row 0
+    # (T,) int64 on the CPU, falling: how many sequences have each step, where not all have all; x is packed, the
+    # longest sequence first, or padded where `order` is given
+    batch_sizes: Tensor | None
+    order: Tensor | None  # (B,) int64 on the CPU: the sequences of a padded call, longest first
     batch_major: bool  # (T, B, ...) results are laid out in memory as (B, T, ...), as the input is
 
     @property
@@ -58,16 +59,34 @@ class Layer:
         return self.weights[0].weight_hh.shape[1]
 
     def rows(self, *shape: int) -> Tensor:
-        """An uninitialised buffer with a row of `shape` for each step and sequence: (T, B, *shape), or (N, *shape) when
-        packed."""
+        """A buffer with a row of `shape` for each row of x: (T, B, *shape), or (N, *shape) when packed. Zero where a
+        sequence has ended, else uninitialised."""
+        if self.order is not None:
+            return self.x.new_zeros(*self.x.shape[:2], *shape)
         return empty_rows(self.x, shape, self.batch_major and self.batch_sizes is None)
+
+    def saved_rows(self, *shape: int) -> Tensor:
+        """An uninitialised buffer with a row of `shape` for each real step: (T, B, *shape), or (N, *shape) where
+        sequences differ in length."""
+        if self.order is not None and self.batch_sizes is not None:
+            return self.x.new_empty(int(self.batch_sizes.sum()), *shape)
+        return self.rows(*shape)
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward sweep is asked for."""
+
+    x: bool
+    h0: bool
+    c0: bool
+    weights: tuple[Weights, ...]  # for each direction a truth value in the place of each weight
 
 
 class Saved(NamedTuple):
     """What a backward sweep reads of the forward one. Not the final states: callers may change those in place."""
 
-    y: Tensor  # (T, B, D*P) or (N, D*P)
-    gates: Tensor | None  # (T, B, D, saved*H) or (N, D, saved*H), activated
+    y: Tensor  # (T, B, D*P), or packed (N, D*P)
+    gates: Tensor | None  # (T, B, D, saved*H), or where lengths differ (N, D, saved*H), activated
     cells: Tensor | None  # (T, B, D, H) or (N, D, H)
 
 
@@ -86,26 +105,53 @@ class States(NamedTuple):
         return Saved(self.y, self.gates, self.cells)
 
 
-class Gradients(NamedTuple):
-    """What a backward sweep gives, rows as in the input."""
+class LayerPlan(Protocol):
+    """One layer as a caller knows it, laid out ahead. `tensors` are x, the initial states if there are any, and the
+    weights."""
 
-    dgx: Tensor  # (..., D, G*H): of the input pre-activation W_ih x + b_ih
-    dgh: Tensor  # (..., D, G*H): of the recurrent pre-activation W_hh h + b_hh; dgx itself where it is the same
-    dp: Tensor | None  # (..., D, P): of the projected state, with proj_size
-    dh0: Tensor  # (D, B, P)
-    dc0: Tensor | None  # (D, B, H)
+    form: "Form"
+    weight_count: int
+    y_shape: tuple[int, ...]
+    h_shape: tuple[int, ...]
+    c_shape: tuple[int, ...]
+
+    def forward(self, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(y, h_n, c_n), of a step (h, c), and what backward needs beside the tensors."""
+
+    def backward(
+        self, tensors: Sequence[Tensor], saved: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """The gradients of `tensors` that are needed, from those of what `forward` gave."""
+
+    def kept(self, saved: Sequence[Tensor], otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """y, gates and cells of what `forward` kept; `otherwise` for one that backward does not read."""
+
+    def of_results(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dy, dh_n and dc_n of the gradients of what `forward` gave."""
 
 
 class Backend(Protocol):
     """The functions that each backend module has."""
 
     def forward(self, layer: Layer, save: bool) -> States:
-        """Runs the sweep; `save` keeps what backward needs."""
+        """Runs the layer; `save` keeps what backward needs."""
 
     def backward(
-        self, layer: Layer, saved: Saved, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None
-    ) -> Gradients:
-        """Runs the sweep back from the gradients of the results (None: zero)."""
+        self, layer: Layer, saved: Saved, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, needs: Needs
+    ) -> list[Tensor | None]:
+        """The gradients of x, h0, c0 and of the five weights of each direction in turn, None where nobody asks, from
+        the gradients of the results (None: zero)."""
+
+    def inference_plan(
+        self, form: "Form", x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> "Plan | None":
+        """What runs calls without gradients that look like this one, checked before, in every way (shortcut.py); None
+        where the backend has nothing quicker than `forward`."""
+
+    def layer_plan(
+        self, form: "Form", x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> "LayerPlan | None":
+        """The same for one layer with gradients."""
 
 
 class Entry(NamedTuple):

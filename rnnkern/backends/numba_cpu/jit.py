@@ -7,9 +7,12 @@ process, which is said once.
 """
 
 import hashlib
+import logging
 import os
 import pickle
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +83,34 @@ def kernel(function: Callable[..., Any]) -> Any:
     return dispatcher
 
 
-def compile_kernel(dispatcher: Any, signature: tuple[Any, ...]) -> None:
+_log = logging.getLogger("rnnkern")
+SLOW_COMPILE_SECONDS = 2.0
+_compiled: set[tuple[Any, type]] = set()
+_compile_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a fork waits for a compilation under way: its child would inherit the lock held
+    os.register_at_fork(
+        before=_compile_lock.acquire, after_in_parent=_compile_lock.release, after_in_child=_compile_lock.release
+    )
+
+
+def ready(dispatcher: Any, integers: int, zero: Any) -> Callable[..., None]:
+    """The kernel, compiled for so many integers and a zero of the wanted dtype, or loaded from the cache; a long
+    compilation is told."""
+    key = (dispatcher, type(zero))
+    if key not in _compiled:
+        with _compile_lock:
+            start = time.perf_counter()
+            _compile(dispatcher, (*[numba.typeof(0)] * integers, numba.typeof(zero)))
+            seconds = time.perf_counter() - start
+        if seconds > SLOW_COMPILE_SECONDS:
+            kept = f"kept in {CACHE_FOLDER}" if CACHE_FOLDER else "not kept: no cache folder is writable"
+            name = dispatcher.py_func.__name__
+            _log.warning("rnnkern: compiled %s for %s in %.1f s, once; %s", name, key[1].__name__, seconds, kept)
+        _compiled.add(key)
+    return dispatcher  # type: ignore[no-any-return]
+
+
+def _compile(dispatcher: Any, signature: tuple[Any, ...]) -> None:
     """Compiles or loads a kernel; without the cache, as a warning says, where that cannot be read or written."""
     try:
         dispatcher.compile(signature)

@@ -1,90 +1,83 @@
-"""The compiled entry points: packing, and for each cell its two sweeps over a range of rows."""
+"""The compiled entry points: for each cell the packing of its weights and its two sweeps over a share of sequences.
+
+Each takes the address of its operands (operands.py) and runs with denormals flushed, the caller's mode restored.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from rnnkern.backends.numba_cpu import cells
+from rnnkern.backends.numba_cpu.backward import backward_sweep, pack_backward
+from rnnkern.backends.numba_cpu.forward import forward_sweep, pack_forward
 from rnnkern.backends.numba_cpu.jit import kernel
-from rnnkern.backends.numba_cpu.sweep import backward_sweep, forward_sweep
-from rnnkern.backends.numba_cpu.vector import VECTOR_BYTES, item_bytes, load_scalar, store_scalar, vector_lanes
-
-PACK_BLOCK = 16
-
-
-class Weight(NamedTuple):
-    """A weight to pack, element (gate, unit, k) at source + gate*gate_stride + unit*unit_stride + k*k_stride bytes."""
-
-    source: int
-    gate_stride: int
-    unit_stride: int
-    k_stride: int
-    gates: int
-    units: int
-    depth: int
+from rnnkern.backends.numba_cpu.operands import Backward, Forward, read_operands
+from rnnkern.backends.numba_cpu.vector import flush_denormals, restore_mode
 
 
 @kernel
-def pack(weight, per_panel, target, zero):
-    """Writes `weight` as panels (depth, gates, vectors, lanes), at most `per_panel` vectors each; units past the last
-    are zero."""
-    lanes, item = vector_lanes(zero), item_bytes(zero)
-    vectors = (weight.units + lanes - 1) // lanes
-    panel = target
-    for v in range(0, vectors, per_panel):
-        width = min(per_panel, vectors - v)
-        panel_row = weight.gates * width * VECTOR_BYTES
-        # A block of k at a time, so that the lines written stay in L1 until each of their lanes has come by.
-        for first in range(0, weight.depth, PACK_BLOCK):
-            last = min(first + PACK_BLOCK, weight.depth)
-            for gate in range(weight.gates):
-                for lane in range(width * lanes):
-                    unit = v * lanes + lane
-                    source = weight.source + gate * weight.gate_stride + unit * weight.unit_stride
-                    into = panel + gate * width * VECTOR_BYTES + lane * item
-                    for k in range(first, last):
-                        value = load_scalar(source + k * weight.k_stride, zero) if unit < weight.units else zero
-                        store_scalar(into + k * panel_row, value)
-        panel += weight.depth * panel_row
+def pack_for_forward(address, gates, zero):
+    pack_forward(read_operands(address, Forward), gates, zero)
 
 
 @kernel
-def lstm_forward(a, first, last, scratch, zero):
-    forward_sweep(a, first, last, scratch, 4, False, cells.lstm_forward, zero)
+def pack_for_backward(address, gates, zero):
+    pack_backward(read_operands(address, Backward), gates, zero)
 
 
 @kernel
-def lstm_backward(a, first, last, zero):
-    backward_sweep(a, first, last, cells.lstm_backward, zero)
+def lstm_forward(address, first, last, share, zero):
+    mode = flush_denormals()
+    forward_sweep(read_operands(address, Forward), first, last, share, 4, False, cells.lstm_forward, zero)
+    restore_mode(mode)
 
 
 @kernel
-def gru_forward(a, first, last, scratch, zero):
-    forward_sweep(a, first, last, scratch, 3, True, cells.gru_forward, zero)
+def lstm_backward(address, first, last, share, zero):
+    mode = flush_denormals()
+    backward_sweep(read_operands(address, Backward), first, last, share, 4, cells.lstm_backward, zero)
+    restore_mode(mode)
 
 
 @kernel
-def gru_backward(a, first, last, zero):
-    backward_sweep(a, first, last, cells.gru_backward, zero)
+def gru_forward(address, first, last, share, zero):
+    mode = flush_denormals()
+    forward_sweep(read_operands(address, Forward), first, last, share, 3, True, cells.gru_forward, zero)
+    restore_mode(mode)
 
 
 @kernel
-def rnn_tanh_forward(a, first, last, scratch, zero):
-    forward_sweep(a, first, last, scratch, 1, False, cells.rnn_tanh_forward, zero)
+def gru_backward(address, first, last, share, zero):
+    mode = flush_denormals()
+    backward_sweep(read_operands(address, Backward), first, last, share, 3, cells.gru_backward, zero)
+    restore_mode(mode)
 
 
 @kernel
-def rnn_tanh_backward(a, first, last, zero):
-    backward_sweep(a, first, last, cells.rnn_tanh_backward, zero)
+def rnn_tanh_forward(address, first, last, share, zero):
+    mode = flush_denormals()
+    forward_sweep(read_operands(address, Forward), first, last, share, 1, False, cells.rnn_tanh_forward, zero)
+    restore_mode(mode)
 
 
 @kernel
-def rnn_relu_forward(a, first, last, scratch, zero):
-    forward_sweep(a, first, last, scratch, 1, False, cells.rnn_relu_forward, zero)
+def rnn_tanh_backward(address, first, last, share, zero):
+    mode = flush_denormals()
+    backward_sweep(read_operands(address, Backward), first, last, share, 1, cells.rnn_tanh_backward, zero)
+    restore_mode(mode)
 
 
 @kernel
-def rnn_relu_backward(a, first, last, zero):
-    backward_sweep(a, first, last, cells.rnn_relu_backward, zero)
+def rnn_relu_forward(address, first, last, share, zero):
+    mode = flush_denormals()
+    forward_sweep(read_operands(address, Forward), first, last, share, 1, False, cells.rnn_relu_forward, zero)
+    restore_mode(mode)
+
+
+@kernel
+def rnn_relu_backward(address, first, last, share, zero):
+    mode = flush_denormals()
+    backward_sweep(read_operands(address, Backward), first, last, share, 1, cells.rnn_relu_backward, zero)
+    restore_mode(mode)
 
 
 class Kernels(NamedTuple):

@@ -1,4 +1,4 @@
-"""The matrix tile: rows of A times one packed panel of weights, accumulated in registers, written as LLVM vector code.
+"""The matrix tile: rows of A times one panel of weights, accumulated in registers, written as LLVM vector code.
 
 A panel is the part of a weight matrix that belongs to some vectors of units (`lanes` units a vector), all gates of them
 side by side, so that a tile's result holds every gate of the units that a cell then needs:
@@ -10,6 +10,9 @@ The tile of R rows and V vectors computes C (R, V*lanes) = C0 + A (R, K) @ panel
 loads V vectors and R scalars for R*V multiply-adds, so R is as large as the registers allow: R*V + V + 1 <= REGISTERS.
 Each element of C is summed in the order of k whatever the tile, so a row's result depends neither on its neighbours nor
 on how the batch was split over threads.
+
+The same code with A walked the other way, C (R, V*lanes) = C0 + A (K, R)^T @ panel, sums the outer products that make
+a weight's gradient: K are then rows of a batch, R gates and the panel their inputs.
 """
 
 from typing import NamedTuple
@@ -39,20 +42,26 @@ class _Operands(NamedTuple):
     """LLVM values: pointers to bytes, and strides in bytes."""
 
     a: ir.Value
-    a_row: ir.Value
+    a_stride: ir.Value  # of a row; where A is walked the other way, of a k
     panel: ir.Value
+    panel_row: ir.Value
     depth: ir.Value
     c0: ir.Value
     c0_row: ir.Value
+    c0_column: ir.Value
     c: ir.Value
     c_row: ir.Value
+    c_column: ir.Value
+
+
+_POINTERS = ("a", "panel", "c0", "c")
 
 
 def _number(value):
     return ir.Constant(ir.IntType(64), value)
 
 
-def _emit_tile(builder, vector, rows, vectors, at):
+def _emit_tile(builder, vector, rows, vectors, at, transposed):
     """Writes the code of one tile, in three blocks: C0 into registers, the loop over the depth, registers into C."""
 
     def pointer(base, offset):
@@ -63,32 +72,41 @@ def _emit_tile(builder, vector, rows, vectors, at):
         value.align = item
         return value
 
-    def offset(row_stride, row, column):
-        return builder.add(builder.mul(row_stride, _number(row)), _number(column * VECTOR_BYTES))
+    def offset(row_stride, row, column_stride, column):
+        return builder.add(builder.mul(row_stride, _number(row)), builder.mul(column_stride, _number(column)))
 
-    def element(row, k):
-        at_k = builder.gep(row, [builder.mul(k, _number(item))])
-        return builder.load(builder.bitcast(at_k, ir_scalar(vector.scalar).as_pointer()))
+    def element(base, offset):
+        return builder.load(builder.bitcast(builder.gep(base, [offset]), ir_scalar(vector.scalar).as_pointer()))
 
     item = vector.scalar.bitwidth // 8
     grid = [(row, column) for row in range(rows) for column in range(vectors)]
-    start = {rc: load(at.c0, offset(at.c0_row, *rc)) for rc in grid}
-    a_rows = [builder.gep(at.a, [builder.mul(at.a_row, _number(row))]) for row in range(rows)]
+    start = {(r, c): load(at.c0, offset(at.c0_row, r, at.c0_column, c)) for r, c in grid}
+    if transposed:
+        a_rows, a_step = [builder.gep(at.a, [_number(row * item)]) for row in range(rows)], at.a_stride
+    else:
+        a_rows = [builder.gep(at.a, [builder.mul(at.a_stride, _number(row))]) for row in range(rows)]
+        a_step = _number(item)
     entry, body, done = builder.block, builder.append_basic_block("depth"), builder.append_basic_block("write")
     builder.cbranch(builder.icmp_signed(">", at.depth, _number(0)), body, done)
 
     builder.position_at_end(body)
     k = builder.phi(ir.IntType(64))
+    a_offset = builder.phi(ir.IntType(64))
+    panel = builder.phi(at.panel.type)
     sums = {rc: builder.phi(ir_vector(vector)) for rc in grid}
-    row_of_panel = builder.mul(k, _number(vectors * VECTOR_BYTES))
-    weights = [load(at.panel, builder.add(row_of_panel, _number(column * VECTOR_BYTES))) for column in range(vectors)]
-    elements = [splat(builder, element(a_row, k), vector.lanes) for a_row in a_rows]
+    weights = [load(panel, _number(column * VECTOR_BYTES)) for column in range(vectors)]
+    elements = [splat(builder, element(a_row, a_offset), vector.lanes) for a_row in a_rows]
     new = {
         (row, column): multiply_add(builder, vector, elements[row], weights[column], sums[row, column])
         for row, column in grid
     }
     following = builder.add(k, _number(1))
-    for phi, first, later in [(k, _number(0), following), *((sums[rc], start[rc], new[rc]) for rc in grid)]:
+    for phi, first, later in [
+        (k, _number(0), following),
+        (a_offset, _number(0), builder.add(a_offset, a_step)),
+        (panel, at.panel, builder.gep(panel, [at.panel_row])),
+        *((sums[rc], start[rc], new[rc]) for rc in grid),
+    ]:
         phi.add_incoming(first, entry)
         phi.add_incoming(later, body)
     builder.cbranch(builder.icmp_signed("<", following, at.depth), body, done)
@@ -98,41 +116,62 @@ def _emit_tile(builder, vector, rows, vectors, at):
     for rc in grid:
         result[rc].add_incoming(start[rc], entry)
         result[rc].add_incoming(new[rc], body)
-    for rc in grid:
-        builder.store(result[rc], pointer(at.c, offset(at.c_row, *rc))).align = item
+    for row, column in grid:
+        into = pointer(at.c, offset(at.c_row, row, at.c_column, column))
+        builder.store(result[row, column], into).align = item
 
 
-@intrinsic
-def _tile(typingctx, rows, vectors, a, a_row, panel, depth, c0, c0_row, c, c_row, zero):
+def _codegen(sizes, transposed):
     """The code of every size of tile, and the jump to the one asked for."""
-    vector = VectorType(zero)
 
     def codegen(context, builder, sig, args):
-        rows_, vectors_, *operands = args[:-1]
-        byte = ir.IntType(8).as_pointer()
+        rows, vectors, *operands = args[:-1]
+        vector, byte = VectorType(sig.args[-1]), ir.IntType(8).as_pointer()
         names = zip(_Operands._fields, operands, strict=True)
-        at = _Operands(*(builder.inttoptr(v, byte) if name in ("a", "panel", "c0", "c") else v for name, v in names))
+        at = _Operands(*(builder.inttoptr(value, byte) if name in _POINTERS else value for name, value in names))
         done = builder.append_basic_block("tile_done")
-        shape = builder.add(builder.mul(vectors_, _number(max(MAX_ROWS) + 1)), rows_)
+        shape = builder.add(builder.mul(vectors, _number(max(MAX_ROWS) + 1)), rows)
         choice = builder.switch(shape, done)
-        for v in range(1, MAX_VECTORS + 1):
-            for r in range(1, MAX_ROWS[v] + 1):
-                block = builder.append_basic_block(f"tile_{r}x{v}")
-                choice.add_case(_number(v * (max(MAX_ROWS) + 1) + r), block)
-                builder.position_at_end(block)
-                _emit_tile(builder, vector, r, v, at)
-                builder.branch(done)
+        for r, v in sizes:
+            block = builder.append_basic_block(f"tile_{r}x{v}")
+            choice.add_case(_number(v * (max(MAX_ROWS) + 1) + r), block)
+            builder.position_at_end(block)
+            _emit_tile(builder, vector, r, v, at, transposed)
+            builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 10, zero), codegen
+    return codegen
+
+
+@intrinsic
+def _tile(typingctx, rows, vectors, a, a_row, panel, panel_row, depth, c0, c0_row, c0_column, c, c_row, c_column, zero):
+    sizes = [(r, v) for v in range(1, MAX_VECTORS + 1) for r in range(1, MAX_ROWS[v] + 1)]
+    return types.void(*[types.intp] * 13, zero), _codegen(sizes, transposed=False)
+
+
+@intrinsic
+def _outer_tile(
+    typingctx, rows, vectors, a, a_k, panel, panel_row, depth, c0, c0_row, c0_column, c, c_row, c_column, zero
+):
+    sizes = [(MAX_ROWS[v], v) for v in range(1, MAX_VECTORS + 1)]
+    return types.void(*[types.intp] * 13, zero), _codegen(sizes, transposed=True)
 
 
 @shared
-def tile(rows, vectors, a, a_row, panel, depth, c0, c0_row, c, c_row, zero):
+def tile(rows, vectors, a, a_row, panel, panel_row, depth, c0, c0_row, c0_column, c, c_row, c_column, zero):
     """C (rows, vectors*lanes) = C0 + A (rows, depth) @ panel, for 1 <= vectors <= MAX_VECTORS and 1 <= rows <=
     MAX_ROWS[vectors].
 
-    a, panel, c0 and c are addresses, the *_row strides count bytes (a stride of 0 repeats one row); C may be C0.
+    a, panel, c0 and c are addresses, the other names' strides count bytes: from row to row (0 repeats one), and from
+    one vector of a row to the next. C may be C0.
     """
-    _tile(rows, vectors, a, a_row, panel, depth, c0, c0_row, c, c_row, zero)
+    _tile(rows, vectors, a, a_row, panel, panel_row, depth, c0, c0_row, c0_column, c, c_row, c_column, zero)
+
+
+@shared
+def outer_tile(vectors, a, a_k, panel, panel_row, depth, c0, c, c_row, zero):
+    """C (MAX_ROWS[vectors], vectors*lanes) = A (depth, MAX_ROWS[vectors])^T @ panel, on top of the one row C0."""
+    _outer_tile(
+        MAX_ROWS[vectors], vectors, a, a_k, panel, panel_row, depth, c0, 0, VECTOR_BYTES, c, c_row, VECTOR_BYTES, zero
+    )

@@ -7,6 +7,7 @@ tells float32 from float64. Compare, minimum and maximum forms that lose NaN are
 """
 
 import operator
+import platform
 
 import numba
 from llvmlite import binding, ir
@@ -24,6 +25,8 @@ def host_features() -> set[str]:
 
 _FEATURES = host_features()
 VECTOR_BYTES = 64 if "avx512f" in _FEATURES else 32 if "avx" in _FEATURES else 16
+ON_X86 = platform.machine().lower() in ("x86_64", "amd64", "i686", "i386")
+FLUSH_BITS = 0x8040  # of MXCSR: denormals are zero, flush to zero
 REGISTERS = 32 if "avx512f" in _FEATURES or "neon" in _FEATURES else 16
 
 # (mantissa bits, exponent bias) of the two dtypes a sweep computes in
@@ -221,28 +224,14 @@ def nearest_power(typingctx, v, log2_of_base):
     return pair(v, log2_of_base), codegen
 
 
-@intrinsic
-def load(typingctx, address, zero):
-    """A whole vector from `address`, which need not be aligned."""
-    vector = VectorType(zero)
-
-    def codegen(context, builder, sig, args):
-        value = builder.load(vector_pointer(builder, vector, args[0]))
-        value.align = vector.scalar.bitwidth // 8
-        return value
-
-    return vector(types.intp, zero), codegen
+def emit_load(builder, vector, address):
+    value = builder.load(vector_pointer(builder, vector, address))
+    value.align = vector.scalar.bitwidth // 8
+    return value
 
 
-@intrinsic
-def store(typingctx, address, v):
-    """A whole vector to `address`, which need not be aligned."""
-
-    def codegen(context, builder, sig, args):
-        builder.store(args[1], vector_pointer(builder, v, args[0])).align = v.scalar.bitwidth // 8
-        return context.get_dummy_value()
-
-    return types.void(types.intp, v), codegen
+def emit_store(builder, vector, address, value):
+    builder.store(value, vector_pointer(builder, vector, address)).align = vector.scalar.bitwidth // 8
 
 
 def _lanes_below(builder, vector, count):
@@ -253,17 +242,39 @@ def _lanes_below(builder, vector, count):
     )
 
 
+def emit_load_part(builder, vector, address, count):
+    """The first `count` numbers (None: all), the other lanes 0."""
+    if count is None:
+        return emit_load(builder, vector, address)
+    name, align = f"llvm.masked.load.{llvm_suffix(vector)}.p0", ir.Constant(ir.IntType(32), vector.scalar.bitwidth // 8)
+    pointer, mask = vector_pointer(builder, vector, address), _lanes_below(builder, vector, count)
+    return call_llvm(builder, name, ir_vector(vector), pointer, align, mask, constant(vector, 0))
+
+
+@intrinsic
+def load(typingctx, address, zero):
+    """A whole vector from `address`, which need not be aligned."""
+    vector = VectorType(zero)
+    return vector(types.intp, zero), lambda context, builder, sig, args: emit_load(builder, vector, args[0])
+
+
+@intrinsic
+def store(typingctx, address, v):
+    """A whole vector to `address`, which need not be aligned."""
+
+    def codegen(context, builder, sig, args):
+        emit_store(builder, v, *args)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, v), codegen
+
+
 @intrinsic
 def _load_masked(typingctx, address, zero, count):
     vector = VectorType(zero)
 
     def codegen(context, builder, sig, args):
-        name = f"llvm.masked.load.{llvm_suffix(vector)}.p0"
-        align = ir.Constant(ir.IntType(32), vector.scalar.bitwidth // 8)
-        mask = _lanes_below(builder, vector, args[2])
-        return call_llvm(
-            builder, name, ir_vector(vector), vector_pointer(builder, vector, args[0]), align, mask, constant(vector, 0)
-        )
+        return emit_load_part(builder, vector, args[0], args[2])
 
     return vector(types.intp, zero, types.intp), codegen
 
@@ -307,20 +318,36 @@ def load_int(typingctx, address):
     return types.int64(types.intp), codegen
 
 
-@intrinsic
-def load_scalar(typingctx, address, zero):
-    """The number of the dtype of `zero` at `address`."""
-
-    def codegen(context, builder, sig, args):
-        return builder.load(builder.inttoptr(args[0], ir_scalar(zero).as_pointer()))
-
-    return zero(types.intp, zero), codegen
+def _control(builder, name, slot):
+    pointer = builder.bitcast(slot, ir.IntType(8).as_pointer())
+    call_llvm(builder, f"llvm.x86.sse.{name}", ir.VoidType(), pointer)
 
 
 @intrinsic
-def store_scalar(typingctx, address, value):
+def flush_denormals(typingctx):
+    """Makes this thread read and write numbers too small for a full mantissa as zero, since a processor takes a hundred
+    cycles for each; the mode there was before, for `restore_mode`. Of x86 only: elsewhere nothing changes."""
+
     def codegen(context, builder, sig, args):
-        builder.store(args[1], builder.inttoptr(args[0], ir_scalar(value).as_pointer()))
+        if not ON_X86:
+            return ir.Constant(ir.IntType(32), 0)
+        slot = cgutils.alloca_once(builder, ir.IntType(32))
+        _control(builder, "stmxcsr", slot)
+        before = builder.load(slot)
+        builder.store(builder.or_(before, ir.Constant(ir.IntType(32), FLUSH_BITS)), slot)
+        _control(builder, "ldmxcsr", slot)
+        return before
+
+    return types.uint32(), codegen
+
+
+@intrinsic
+def restore_mode(typingctx, before):
+    """Undoes `flush_denormals`."""
+
+    def codegen(context, builder, sig, args):
+        if ON_X86:
+            _control(builder, "ldmxcsr", cgutils.alloca_once_value(builder, args[0]))
         return context.get_dummy_value()
 
-    return types.void(types.intp, value), codegen
+    return types.void(types.uint32), codegen

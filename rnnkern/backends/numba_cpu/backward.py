@@ -1,0 +1,245 @@
+"""The backward sweep of one direction over a share of the sequences; the cell is compiled in.
+
+Steps go in the opposite order of the forward sweep:
+
+    dh += dy_t;  (dgx_t, dgh_t, dc, direct) = cell'(dh, dc, saved_t);  dh = direct + dgh_t W_hh
+
+with dh starting as dh_n and ending as dh0, for sequences that join and leave as well. With a projection h = m W_hr^T
+the product in between is dm = dh W_hr. The gradients of a chunk's pre-activations, and next to them what met the
+weights there, wait in the workspace; what is left of them is products, once for all rows of the chunk:
+
+    dx = dgx W_ih    dW_ih += dgx^T x    dW_hh += dgh^T h'    db_ih += sum dgx    db_hh += sum dgh    dW_hr += dp^T m
+
+so that no gradient of a pre-activation ever exists for the whole sequence. Each share has sums of its own for the
+weights; Python adds those of the shares in their order, so that results do not depend on which thread was first.
+"""
+
+from rnnkern.backends.numba_cpu.blocks import pack_depth
+from rnnkern.backends.numba_cpu.jit import inlined, woven
+from rnnkern.backends.numba_cpu.sweep import (
+    copy_in,
+    copy_out,
+    outer_row,
+    outer_step,
+    padded_bytes,
+    product,
+    rows_in,
+    saved_step,
+    state_row,
+    step_order,
+)
+from rnnkern.backends.numba_cpu.tile import MAX_ROWS, MAX_VECTORS, outer_tile
+from rnnkern.backends.numba_cpu.vector import (
+    VECTOR_BYTES,
+    broadcast,
+    item_bytes,
+    load,
+    load_part,
+    store,
+    store_part,
+    vector_lanes,
+)
+
+
+@woven
+def pack_backward(a, gates, zero):
+    """Packs the weights that have panels."""
+    recurrent = gates * a.sizes.hidden
+    if a.w_ih.panels != 0:
+        pack_depth(a.w_ih, recurrent, a.sizes.inputs, MAX_VECTORS, zero)
+    if a.w_hh.panels != 0:
+        pack_depth(a.w_hh, recurrent, a.sizes.outputs, MAX_VECTORS, zero)
+    if a.w_hr.panels != 0:
+        pack_depth(a.w_hr, a.sizes.outputs, a.sizes.hidden, MAX_VECTORS, zero)
+
+
+@woven
+def outer_product(rows, a, a_row, a_units, b, b_row, b_units, into, fresh, tile, zero):
+    """into (a_units, b_units) = the sum over rows of a^T b, or on top of what is there unless `fresh`. Zeros lie one
+    vector row before `tile`."""
+    lanes, item = vector_lanes(zero), item_bytes(zero)
+    vectors = (b_units + lanes - 1) // lanes
+    for v in range(0, vectors, MAX_VECTORS):
+        width = min(MAX_VECTORS, vectors - v)
+        tile_row, most = width * VECTOR_BYTES, MAX_ROWS[width]
+        for unit in range(0, a_units, most):
+            panel = b + v * VECTOR_BYTES
+            zeros = tile - MAX_VECTORS * VECTOR_BYTES
+            outer_tile(width, a + unit * item, a_row, panel, b_row, rows, zeros, tile, tile_row, zero)
+            for r in range(min(most, a_units - unit)):
+                for j in range(width):
+                    first = (v + j) * lanes
+                    at = into + ((unit + r) * b_units + first) * item
+                    value = load(tile + r * tile_row + j * VECTOR_BYTES, zero)
+                    if not fresh:
+                        value = value + load_part(at, zero, b_units - first)
+                    store_part(at, value, zero, b_units - first)
+
+
+@inlined
+def sum_rows(rows, a, a_row, units, into, fresh, zero):
+    """into (units) = the sum of the rows, or on top of what is there unless `fresh`."""
+    lanes, item = vector_lanes(zero), item_bytes(zero)
+    for u in range(0, units, lanes):
+        total = broadcast(zero)
+        for n in range(rows):
+            total = total + load_part(a + n * a_row + u * item, zero, units - u)
+        if not fresh:
+            total = total + load_part(into + u * item, zero, units - u)
+        store_part(into + u * item, total, zero, units - u)
+
+
+@woven
+def weight_gradients(a, rows, share, fresh, space, gates, zero):
+    """Adds what the rows of a chunk give to the gradients of weights and biases."""
+    item, recurrent = item_bytes(zero), gates * a.sizes.hidden
+    inputs, hidden, outputs = a.sizes.inputs, a.sizes.hidden, a.sizes.outputs
+    dgx, dgh, tile = space + a.dgx, space + a.dgh, space + a.tile
+    if a.dw_ih != 0:
+        into = a.dw_ih + share * recurrent * inputs * item
+        outer_product(
+            rows, dgx, a.dg_row, recurrent, space + a.xs, padded_bytes(inputs, zero), inputs, into, fresh, tile, zero
+        )
+    if a.dw_hh != 0:
+        into = a.dw_hh + share * recurrent * outputs * item
+        outer_product(
+            rows, dgh, a.dg_row, recurrent, space + a.hs, padded_bytes(outputs, zero), outputs, into, fresh, tile, zero
+        )
+    if a.dw_hr != 0:
+        dp_row, m_row = padded_bytes(outputs, zero), padded_bytes(hidden, zero)
+        into = a.dw_hr + share * outputs * hidden * item
+        outer_product(rows, space + a.dp, dp_row, outputs, space + a.ms, m_row, hidden, into, fresh, tile, zero)
+    if a.db_ih != 0:
+        sum_rows(rows, dgx, a.dg_row, recurrent, a.db_ih + share * recurrent * item, fresh, zero)
+    if a.db_hh != 0:
+        sum_rows(rows, dgh, a.dg_row, recurrent, a.db_hh + share * recurrent * item, fresh, zero)
+
+
+@woven
+def input_gradients(a, chunk, chunk_end, first, last, rows, space, gates, zero):
+    """dx of the rows of a chunk, by way of the rows of x, which nobody reads any more."""
+    sizes, x_row = a.sizes, padded_bytes(a.sizes.inputs, zero)
+    for n in range(rows):
+        copy_in(space + a.xs + n * x_row, 0, sizes.inputs, zero)
+    product(rows, space + a.dgx, a.dg_row, a.w_ih, gates * sizes.hidden, sizes.inputs, space + a.xs, x_row, zero)
+    n = 0
+    for s in range(chunk_end - 1, chunk - 1, -1):
+        t = step_order(sizes, s)
+        dx_step = outer_step(sizes, a.dx, t)
+        for b in range(rows_in(sizes, t, first, last)):
+            copy_out(outer_row(sizes, a.dx, dx_step, first + b), space + a.xs + n * x_row, sizes.inputs, zero)
+            n += 1
+
+
+@woven
+def add_output_gradient(a, t, n, rows, first, space, zero):
+    """dh += dy_t, and with a projection dp_t = dh and dm = dh W_hr."""
+    lanes, item = vector_lanes(zero), item_bytes(zero)
+    hidden, outputs = a.sizes.hidden, a.sizes.outputs
+    dh_row, dm_row = padded_bytes(outputs, zero), padded_bytes(hidden, zero)
+    dh, dm = space + a.dh, space + a.dm
+    if a.dy.base != 0:
+        dy_step = outer_step(a.sizes, a.dy, t)
+        for b in range(rows):
+            dy = outer_row(a.sizes, a.dy, dy_step, first + b)
+            for u in range(0, outputs, lanes):
+                at = dh + b * dh_row + u * item
+                store(at, load(at, zero) + load_part(dy + u * item, zero, outputs - u))
+    if a.w_hr.base != 0:
+        for b in range(rows):
+            copy_in(space + a.dp + (n + b) * dh_row, dh + b * dh_row, outputs, zero)
+            copy_in(dm + b * dm_row, 0, hidden, zero)
+        product(rows, dh, dh_row, a.w_hr, outputs, hidden, dm, dm_row, zero)
+        for b in range(rows):
+            copy_in(dh + b * dh_row, 0, outputs, zero)
+
+
+@woven
+def backward_step(a, s, t, n, first, rows, space, cell, zero):
+    """The cell's gradients at step t, the s-th of the forward sweep, into rows n and following of the chunk; leaves in
+    dh what reaches h_{t-1} past W_hh."""
+    sizes, lanes, item = a.sizes, vector_lanes(zero), item_bytes(zero)
+    hidden, inputs, outputs = a.sizes.hidden, a.sizes.inputs, a.sizes.outputs
+    hidden_row, h_row, x_row = padded_bytes(hidden, zero), padded_bytes(outputs, zero), padded_bytes(inputs, zero)
+    slot = hidden * item
+    t_prev = step_order(sizes, s - 1) if s > 0 else t
+    # the rows whose previous state is a step's, not an initial one
+    continuing = rows_in(sizes, t_prev, first, first + rows) if s > 0 else 0
+    x_step, y_step, before_step = outer_step(sizes, a.x, t), outer_step(sizes, a.y, t), outer_step(sizes, a.y, t_prev)
+    gates_step, cells_step = saved_step(sizes, a.gates, t), saved_step(sizes, a.cells, t)
+    cells_before = saved_step(sizes, a.cells, t_prev)
+    for r in range(rows):
+        b = first + r
+        x, h_prev = space + a.xs + (n + r) * x_row, space + a.hs + (n + r) * h_row
+        if a.dw_ih != 0:
+            copy_in(x, outer_row(sizes, a.x, x_step, b), inputs, zero)
+        before = outer_row(sizes, a.y, before_step, b) if r < continuing else state_row(sizes, a.h0, b)
+        copy_in(h_prev, before, outputs, zero)
+        c_prev = cells_before + b * a.cells.row if r < continuing else state_row(sizes, a.c0, b)
+        gates, cells = gates_step + b * a.gates.row, cells_step + b * a.cells.row
+        y = outer_row(sizes, a.y, y_step, b)
+        dgx, dgh = space + a.dgx + (n + r) * a.dg_row, space + a.dgh + (n + r) * a.dg_row
+        projected = a.w_hr.base != 0
+        dh = space + a.dm + r * hidden_row if projected else space + a.dh + r * h_row
+        dc = space + a.dc + r * hidden_row
+        for u in range(0, hidden, lanes):
+            at = u * item
+            m = space + a.ms + (n + r) * hidden_row + at if projected else 0
+            direct = cell(
+                load(dh + at, zero), gates + at, slot, cells + at, c_prev + at, y + at, h_prev + at, dc + at,
+                dgx + at, dgh + at, m, hidden - u, zero,
+            )  # fmt: skip
+            store(dh + at, direct)
+
+
+@woven
+def start_gradients(a, first, last, space, zero):
+    """dh_n and dc_n, and the zeros that sums start from."""
+    hidden, outputs = a.sizes.hidden, a.sizes.outputs
+    for j in range(MAX_VECTORS):
+        store(space + a.tile + (j - MAX_VECTORS) * VECTOR_BYTES, broadcast(zero))
+    for b in range(last - first):
+        dh, dc = space + a.dh + b * padded_bytes(outputs, zero), space + a.dc + b * padded_bytes(hidden, zero)
+        copy_in(dh, state_row(a.sizes, a.dh_n, first + b), outputs, zero)
+        if a.dc0.base != 0:
+            copy_in(dc, state_row(a.sizes, a.dc_n, first + b), hidden, zero)
+
+
+@woven
+def end_gradients(a, first, last, space, zero):
+    """dh0 and dc0."""
+    hidden, outputs = a.sizes.hidden, a.sizes.outputs
+    for b in range(last - first):
+        dh, dc = space + a.dh + b * padded_bytes(outputs, zero), space + a.dc + b * padded_bytes(hidden, zero)
+        copy_out(state_row(a.sizes, a.dh0, first + b), dh, outputs, zero)
+        if a.dc0.base != 0:
+            copy_out(state_row(a.sizes, a.dc0, first + b), dc, hidden, zero)
+
+
+@woven
+def backward_sweep(a, first, last, share, gates, cell, zero):
+    """Sequences [first, last) back through all steps. `gates` and `cell` are constants of the kernel."""
+    sizes, space = a.sizes, a.workspace + share * a.workspace_bytes
+    dh_row, fresh = padded_bytes(sizes.outputs, zero), True
+    for block in range(first, last, sizes.block):
+        end = min(block + sizes.block, last)
+        start_gradients(a, block, end, space, zero)
+        chunk_end = sizes.steps
+        while chunk_end > 0:
+            chunk = max(chunk_end - sizes.chunk, 0)
+            n = 0
+            for s in range(chunk_end - 1, chunk - 1, -1):
+                t = step_order(sizes, s)
+                rows = rows_in(sizes, t, block, end)
+                add_output_gradient(a, t, n, rows, block, space, zero)
+                backward_step(a, s, t, n, block, rows, space, cell, zero)
+                dgh, dh = space + a.dgh + n * a.dg_row, space + a.dh
+                product(rows, dgh, a.dg_row, a.w_hh, gates * sizes.hidden, sizes.outputs, dh, dh_row, zero)
+                n += rows
+            if n > 0:
+                weight_gradients(a, n, share, fresh, space, gates, zero)
+                fresh = False
+                if a.dx.base != 0:
+                    input_gradients(a, chunk, chunk_end, block, end, n, space, gates, zero)
+            chunk_end = chunk
+        end_gradients(a, block, end, space, zero)

@@ -1,0 +1,235 @@
+"""The forward sweep of one direction over a share of the sequences; the cell is compiled in.
+
+    for each chunk of steps:    gx = x W_ih^T + b                    one product for all its rows
+        for each step:          gh = h W_hh^T (+ gx, or + b_hh)      (c, h) = cell(gx, gh, c, h)
+
+For each panel of units and tile of sequences, gh goes into a few vectors that stay in L1 and straight through the cell.
+h is double-buffered, since the other panels of a step still read the old one. Sequences leave (their state goes to h_n)
+or join (their state is still h0) as the direction meets their ends.
+
+A weight is read in panels (tile.py), or in place (blocks.py) where packing it would cost more than the products.
+"""
+
+from rnnkern.backends.numba_cpu.blocks import dot_units, pack_units
+from rnnkern.backends.numba_cpu.jit import inlined, woven
+from rnnkern.backends.numba_cpu.sweep import (
+    copy_in,
+    copy_out,
+    gather,
+    outer_row,
+    outer_step,
+    padded_bytes,
+    rows_in,
+    saved_step,
+    state_row,
+    step_order,
+    tile_height,
+)
+from rnnkern.backends.numba_cpu.tile import MAX_ROWS, MAX_VECTORS, tile
+from rnnkern.backends.numba_cpu.vector import (
+    VECTOR_BYTES,
+    broadcast,
+    item_bytes,
+    load,
+    load_part,
+    store,
+    store_part,
+    vector_lanes,
+)
+
+
+@inlined
+def units_per_panel(gates):
+    """Vectors of units in a panel: the gates of one vector, or as many of a lone gate as a tile takes."""
+    return 1 if gates > 1 else MAX_VECTORS
+
+
+@woven
+def pack_forward(a, gates, zero):
+    """Packs the weights that have panels."""
+    if a.w_ih.panels != 0:
+        pack_units(a.w_ih, gates, a.sizes.hidden, a.sizes.inputs, units_per_panel(gates), zero)
+    if a.w_hh.panels != 0:
+        pack_units(a.w_hh, gates, a.sizes.hidden, a.sizes.outputs, units_per_panel(gates), zero)
+    if a.w_hr.panels != 0:
+        pack_units(a.w_hr, 1, a.sizes.outputs, a.sizes.hidden, MAX_VECTORS, zero)
+
+
+@woven
+def gate_tile(weight, gates, units, depth, v, width, height, x, x_row, c0, c0_row, c0_column, c, c_row, c_column, zero):
+    """C (height, gates*width vectors) = C0 + x (height, depth) @ weight^T of the units from vector v on."""
+    lanes, columns = vector_lanes(zero), gates * width
+    if weight.panels != 0:
+        panel = weight.panels + v * gates * depth * VECTOR_BYTES
+        tile(
+            height, columns, x, x_row, panel, columns * VECTOR_BYTES, depth,
+            c0, c0_row, c0_column, c, c_row, c_column, zero,
+        )  # fmt: skip
+    else:
+        for column in range(columns):
+            unit = (v + column % width) * lanes
+            rows = weight.base + (column // width * units + unit) * weight.row
+            for r in range(height):
+                dots = dot_units(rows, weight.row, units - unit, x + r * x_row, depth, zero)
+                store(c + r * c_row + column * c_column, load(c0 + r * c0_row + column * c0_column, zero) + dots)
+
+
+@inlined
+def load_bias(target, source, gates, hidden, more, zero):
+    """(gates, W): the bias of each gate, and another on top where there is one."""
+    lanes, item = vector_lanes(zero), item_bytes(zero)
+    for gate in range(gates):
+        for u in range(0, hidden, lanes):
+            at = (gate * hidden + u) * item
+            bias = broadcast(zero) if source == 0 else load_part(source + at, zero, hidden - u)
+            if more != 0:
+                bias = bias + load_part(more + at, zero, hidden - u)
+            store(target + gate * padded_bytes(hidden, zero) + u * item, bias)
+
+
+@woven
+def input_product(a, rows, space, gates, zero):
+    """gx of the rows of a chunk."""
+    hidden, inputs = a.sizes.hidden, a.sizes.inputs
+    gate_row, x_row, per_panel = padded_bytes(hidden, zero), padded_bytes(inputs, zero), units_per_panel(gates)
+    column = gate_row if gates > 1 else VECTOR_BYTES
+    vectors = gate_row // VECTOR_BYTES
+    for v in range(0, vectors, per_panel):
+        width = min(per_panel, vectors - v)
+        columns = gates * width
+        n = 0
+        while n < rows:
+            height = tile_height(rows - n, MAX_ROWS[columns])
+            x = space + a.xs + n * x_row
+            bias, gx = space + a.b_x + v * VECTOR_BYTES, space + a.gx + n * gates * gate_row + v * VECTOR_BYTES
+            gate_tile(
+                a.w_ih, gates, hidden, inputs, v, width, height, x, x_row,
+                bias, 0, column, gx, gates * gate_row, column, zero,
+            )  # fmt: skip
+            n += height
+
+
+@woven
+def forward_step(a, t, rows, first, gx, h_old, h_new, space, gates, separate, cell, zero):
+    """Step t of sequences first to first + rows: from h_old to h_new (both (rows, W)), or to m with a projection."""
+    hidden, outputs = a.sizes.hidden, a.sizes.outputs
+    lanes, item, per_panel = vector_lanes(zero), item_bytes(zero), units_per_panel(gates)
+    gate_row, h_row = padded_bytes(hidden, zero), padded_bytes(outputs, zero)
+    gx_row, slot = gates * gate_row, hidden * item
+    column = gate_row if gates > 1 else VECTOR_BYTES
+    vectors = gate_row // VECTOR_BYTES
+    y_step = outer_step(a.sizes, a.y, t)
+    gates_step, cells_step = saved_step(a.sizes, a.gates, t), saved_step(a.sizes, a.cells, t)
+    for v in range(0, vectors, per_panel):
+        width = min(per_panel, vectors - v)
+        columns = gates * width
+        gh, gh_row, spacing = space + a.tile, columns * VECTOR_BYTES, width * VECTOR_BYTES
+        b = 0
+        while b < rows:
+            height = tile_height(rows - b, MAX_ROWS[columns])
+            sums = space + a.b_h if separate else gx + b * gx_row
+            gate_tile(
+                a.w_hh, gates, hidden, outputs, v, width, height, h_old + b * h_row, h_row,
+                sums + v * VECTOR_BYTES, 0 if separate else gx_row, column, gh, gh_row, VECTOR_BYTES, zero,
+            )  # fmt: skip
+            for r in range(b, b + height):
+                y, state = outer_row(a.sizes, a.y, y_step, first + r), h_new + r * h_row
+                saved, cells = gates_step + (first + r) * a.gates.row, cells_step + (first + r) * a.cells.row
+                for w in range(width):
+                    unit = (v + w) * lanes
+                    at, count = unit * item, hidden - unit
+                    kept = saved + at if a.gates.base != 0 else 0
+                    c, x = space + a.c + r * gate_row + at, gx + r * gx_row + at
+                    here, h_prev = gh + (r - b) * gh_row + w * VECTOR_BYTES, h_old + r * h_row + at
+                    out = cell(x, gate_row, here, spacing, kept, slot, cells + at, c, h_prev, count, zero)
+                    if a.w_hr.base != 0:
+                        store(space + a.m + r * gate_row + at, out)
+                    else:
+                        store(state + at, out)
+                        store_part(y + at, out, zero, count)
+            b += height
+
+
+@woven
+def project(a, t, rows, first, h_new, space, zero):
+    """h = m W_hr^T of step t, into the state and the output."""
+    hidden, outputs = a.sizes.hidden, a.sizes.outputs
+    h_row, m_row = padded_bytes(outputs, zero), padded_bytes(hidden, zero)
+    vectors = h_row // VECTOR_BYTES
+    for v in range(0, vectors, MAX_VECTORS):
+        width = min(MAX_VECTORS, vectors - v)
+        b = 0
+        while b < rows:
+            height = tile_height(rows - b, MAX_ROWS[width])
+            m, h = space + a.m + b * m_row, h_new + b * h_row + v * VECTOR_BYTES
+            for r in range(height):
+                for j in range(width):
+                    store(h + r * h_row + j * VECTOR_BYTES, broadcast(zero))
+            gate_tile(
+                a.w_hr, 1, outputs, hidden, v, width, height, m, m_row,
+                h, h_row, VECTOR_BYTES, h, h_row, VECTOR_BYTES, zero,
+            )  # fmt: skip
+            b += height
+    y_step = outer_step(a.sizes, a.y, t)
+    for b in range(rows):
+        copy_out(outer_row(a.sizes, a.y, y_step, first + b), h_new + b * h_row, outputs, zero)
+
+
+@woven
+def start_states(a, first, last, space, zero):
+    """h0, in both buffers since sequences may join later, and c0."""
+    hidden, outputs = a.sizes.hidden, a.sizes.outputs
+    h_row, c_row = padded_bytes(outputs, zero), padded_bytes(hidden, zero)
+    for b in range(last - first):
+        h0 = state_row(a.sizes, a.h0, first + b)
+        copy_in(space + a.h + b * h_row, h0, outputs, zero)
+        copy_in(space + a.h + (a.sizes.block + b) * h_row, h0, outputs, zero)
+        if a.c_n.base != 0:
+            copy_in(space + a.c + b * c_row, state_row(a.sizes, a.c0, first + b), hidden, zero)
+
+
+@woven
+def end_states(a, first, staying, rows, h, space, zero):
+    """h_n and c_n of the sequences that have met their last step: of `rows`, those that do not stay."""
+    hidden, outputs = a.sizes.hidden, a.sizes.outputs
+    h_row, c_row = padded_bytes(outputs, zero), padded_bytes(hidden, zero)
+    for b in range(staying, rows):
+        copy_out(state_row(a.sizes, a.h_n, first + b), h + b * h_row, outputs, zero)
+        if a.c_n.base != 0:
+            copy_out(state_row(a.sizes, a.c_n, first + b), space + a.c + b * c_row, hidden, zero)
+
+
+@woven
+def forward_sweep(a, first, last, share, gates, separate, cell, zero):
+    """Sequences [first, last) through all steps. `gates`, `separate` and `cell` are constants of the kernel."""
+    sizes, space = a.sizes, a.workspace + share * a.workspace_bytes
+    gate_row, h_row = padded_bytes(sizes.hidden, zero), padded_bytes(sizes.outputs, zero)
+    load_bias(space + a.b_x, a.b_ih, gates, sizes.hidden, 0 if separate else a.b_hh, zero)
+    if separate:
+        load_bias(space + a.b_h, a.b_hh, gates, sizes.hidden, 0, zero)
+    for block in range(first, last, sizes.block):
+        end = min(block + sizes.block, last)
+        start_states(a, block, end, space, zero)
+        for chunk in range(0, sizes.steps, sizes.chunk):
+            chunk_end = min(chunk + sizes.chunk, sizes.steps)
+            n = 0
+            for s in range(chunk, chunk_end):
+                t = step_order(sizes, s)
+                rows = rows_in(sizes, t, block, end)
+                into = space + a.xs + n * padded_bytes(sizes.inputs, zero)
+                gather(sizes, a.x, t, block, rows, sizes.inputs, into, zero)
+                n += rows
+            input_product(a, n, space, gates, zero)
+            n = 0
+            for s in range(chunk, chunk_end):
+                t = step_order(sizes, s)
+                rows = rows_in(sizes, t, block, end)
+                h_old = space + a.h + (s % 2) * sizes.block * h_row
+                h_new = space + a.h + ((s + 1) % 2) * sizes.block * h_row
+                gx = space + a.gx + n * gates * gate_row
+                forward_step(a, t, rows, block, gx, h_old, h_new, space, gates, separate, cell, zero)
+                if a.w_hr.base != 0:
+                    project(a, t, rows, block, h_new, space, zero)
+                staying = rows_in(sizes, step_order(sizes, s + 1), block, end) if s + 1 < sizes.steps else 0
+                end_states(a, block, staying, rows, h_new, space, zero)
+                n += rows

@@ -1,0 +1,328 @@
+"""Plans: how calls that look alike are laid out for the kernels, worked out once.
+
+A plan holds for each direction the operands of its sweep (operands.py), all sizes and strides filled in and all
+addresses left out; what the addresses are; and how the batch is cut into shares. A call copies the operands and writes
+the addresses into them, which takes a few microseconds, where laying out a call takes a hundred.
+"""
+
+from array import array
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rnnkern.backends import Layer, Saved, States
+from rnnkern.backends.numba_cpu import pool
+from rnnkern.backends.numba_cpu.jit import ready
+from rnnkern.backends.numba_cpu.operands import Backward, Forward, Matrix, Rows, Sizes, flatten
+from rnnkern.backends.numba_cpu.tile import MAX_ROWS, MAX_VECTORS
+from rnnkern.backends.numba_cpu.vector import VECTOR_BYTES
+from rnnkern.cells import Weights
+
+WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")  # the fields of cells.Weights as the kernels call them
+
+# A share under this many multiply-adds, some 90 us of work, is not worth waking another thread and waiting for it.
+WORTH_A_THREAD = 5_000_000
+# Nor is one of a sequence or two: it would read all the weights for little.
+LEAST_SEQUENCES = 3
+# Sequences carried through time together: their states and the products of a step stay in the second cache.
+MOST_SEQUENCES = 64
+# Rows of a chunk: enough for full tiles, few enough for the second cache.
+CHUNK_ROWS = 64
+BACKWARD_CHUNK_ROWS = 128
+# Up to so many rows in all, reading the weights in place costs less than packing them first.
+ROWS_IN_PLACE = 16
+
+
+def positions(kind: Any, prefix: str = "", start: int = 0) -> dict[str, int]:
+    """Which integer of the operands `kind` each field is: "x.base" -> 10."""
+    found: dict[str, int] = {}
+    for name, field in kind.__annotations__.items():
+        nested = {prefix + name: start + len(found)}
+        found |= nested if field is int else positions(field, f"{prefix}{name}.", start + len(found))
+    return found
+
+
+POSITIONS = {kind: positions(kind) for kind in (Forward, Backward)}
+
+
+class Share(NamedTuple):
+    """A thread's part of a call: sequences [first, last) of a direction."""
+
+    direction: int
+    first: int
+    last: int
+    place: int  # among the shares of its direction
+
+
+class Address(NamedTuple):
+    """An integer of the operands that is `offset` bytes behind the address of a tensor of the call."""
+
+    position: int
+    tensor: int  # its number in `tensors` of the plan
+    offset: int
+
+
+class _Space:
+    """Offsets of buffers one behind the other; each row is a whole number of vectors."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def take(self, rows: int, row_bytes: int) -> int:
+        offset, self.bytes = self.bytes, self.bytes + rows * row_bytes
+        return offset
+
+
+class Cut:
+    """The sizes of a layer call in the kernels' terms, and its shares."""
+
+    def __init__(self, layer: Layer) -> None:
+        spec, x = layer.cell, layer.x
+        self.zero = np.float64(0) if x.dtype == torch.float64 else np.float32(0)
+        self.item = x.element_size()
+        self.gates, self.inputs, self.hidden, self.outputs = len(spec.gates), x.shape[-1], layer.hidden, layer.outputs
+        self.recurrent = self.gates * self.hidden
+        self.batch = layer.h0.shape[1]
+        self.packed, self.ragged = layer.batch_sizes is not None and layer.order is None, layer.batch_sizes is not None
+        self.steps = x.shape[0] if layer.batch_sizes is None else len(layer.batch_sizes)
+        self.total = self.steps * self.batch if layer.batch_sizes is None else int(layer.batch_sizes.sum())
+        self.shares = self._shares(layer, len(layer.weights))
+        self.parts = max((share.place + 1 for share in self.shares), default=1)  # of a direction
+        self.most = max((share.last - share.first for share in self.shares), default=1)
+
+    def _shares(self, layer: Layer, directions: int) -> list[Share]:
+        """Of all directions, as many real steps in one as in another."""
+        multiply_adds = self.total * self.recurrent * (self.inputs + self.outputs) * directions
+        parts = -(-min(torch.get_num_threads(), max(1, multiply_adds // WORTH_A_THREAD)) // directions)
+        parts = max(1, min(parts, self.batch, (self.batch + 1) // LEAST_SEQUENCES))
+        edges = [self.batch * part // parts for part in range(parts + 1)]
+        if layer.batch_sizes is not None and parts > 1:
+            lengths = (layer.batch_sizes.unsqueeze(1) > torch.arange(self.batch)).sum(0)
+            goals = torch.tensor([self.total * part // parts for part in range(1, parts)])
+            edges[1:-1] = torch.searchsorted(lengths.cumsum(0), goals).tolist()
+        spans = [(first, last) for first, last in pairwise(edges) if first < last]
+        return [Share(d, *span, place) for d in range(directions) for place, span in enumerate(spans)]
+
+
+class _Plan(Cut):
+    """What forward and backward plans have in common."""
+
+    operands: type[Forward] | type[Backward]
+
+    def __init__(self, layer: Layer, chunk_rows: int) -> None:
+        super().__init__(layer)
+        self.block = -(-self.most // -(-self.most // MOST_SEQUENCES))
+        self.chunk = max(1, min(self.steps, chunk_rows // self.block))
+        self.space = _Space()
+        self.packs = self.compiled = False
+        self.tensors = ["workspace"]  # of a call, by name, in the order in which `run` is told their addresses
+        self.directions: list[tuple[array[int], list[Address]]] = []
+        self._addresses: list[Address] = []
+
+    def width(self, units: int) -> int:
+        """Bytes of a workspace row of `units` numbers: whole vectors."""
+        return -(-units * self.item // VECTOR_BYTES) * VECTOR_BYTES
+
+    def at(self, field: str, tensor: str, offset: int = 0) -> None:
+        """Says what address goes into an operand of the direction that is being laid out."""
+        if tensor not in self.tensors:
+            self.tensors.append(tensor)
+        self._addresses.append(Address(POSITIONS[self.operands][field], self.tensors.index(tensor), offset))
+
+    def rows(self, field: str, name: str, tensor: Tensor | None, offset: int = 0) -> Rows:
+        """Rows of (T, B, ...), or of packed (N, ...): what backward reads is packed wherever there are lengths."""
+        if tensor is None:
+            return Rows()
+        self.at(f"{field}.base", name, offset * self.item)
+        if self.ragged if field in ("gates", "cells") else self.packed:
+            return Rows(0, 0, tensor.stride(0) * self.item)
+        return Rows(0, tensor.stride(0) * self.item, tensor.stride(1) * self.item)
+
+    def states(self, field: str, tensor: Tensor | None, d: int) -> Rows:
+        """Rows of direction d of a state (D, B, n)."""
+        if tensor is None:
+            return Rows()
+        self.at(f"{field}.base", field, d * tensor.stride(0) * self.item)
+        return Rows(0, 0, tensor.stride(1) * self.item)
+
+    def sizes(self, d: int) -> Sizes:
+        if self.ragged:
+            self.at("sizes.starts", "starts")
+            self.at("sizes.counts", "counts")
+            if not self.packed:
+                self.at("sizes.order", "order")
+        return Sizes(
+            steps=self.steps, reverse=d, inputs=self.inputs, hidden=self.hidden, outputs=self.outputs,
+            starts=0, counts=0, order=0, block=self.block, chunk=self.chunk,
+        )  # fmt: skip
+
+    def matrix(self, d: int, name: str, weight: Tensor | None, panel_bytes: int) -> Matrix:
+        """A weight, in place if it takes no bytes as panels."""
+        if weight is None:
+            return Matrix()
+        self.at(f"{name}.base", f"{name}{d}")
+        if panel_bytes:
+            self.at(f"{name}.panels", "workspace", self.space.take(1, panel_bytes))
+        return Matrix(0, weight.stride(0) * self.item, 0)
+
+    def add_direction(self, operands: Forward | Backward) -> None:
+        """Ends the layout of a direction."""
+        self.at("workspace", "workspace", self.space.take(self.parts, operands.workspace_bytes))
+        self.directions.append((array("q", flatten(operands)), self._addresses))
+        self._addresses = []
+
+    def run(self, kernel: Any, pack: Any, addresses: Sequence[int], alive: object) -> None:
+        """Packs the weights of each direction, then runs all shares. Addresses are those of `tensors`; `alive` holds
+        these."""
+        operands, places = [], []
+        for template, fields in self.directions:
+            filled = template[:]
+            for position, tensor, offset in fields:
+                filled[position] = addresses[tensor] + offset
+            operands.append(filled)
+            places.append(filled.buffer_info()[0])
+        zero = self.zero
+        if not self.compiled:
+            ready(pack, 2, zero)
+            ready(kernel, 4, zero)
+            self.compiled = True
+        if self.packs:
+            _run(pack, [(place, self.gates, zero) for place in places], operands, alive)
+        _run(kernel, [(places[d], first, last, place, zero) for d, first, last, place in self.shares], operands, alive)
+
+
+def _run(kernel: Any, calls: list[tuple[Any, ...]], *alive: object) -> None:
+    """Runs the kernel once for each tuple of arguments, on as many threads. A task holds all that is `alive`, even if
+    the caller is interrupted while it runs."""
+    if len(calls) == 1:
+        kernel(*calls[0])
+    elif torch.get_num_threads() == 1:
+        for arguments in calls:
+            kernel(*arguments)
+    else:
+        pool.run([partial(_task, kernel, arguments, alive) for arguments in calls])
+
+
+def _task(kernel: Any, arguments: tuple[Any, ...], alive: tuple[object, ...]) -> None:
+    kernel(*arguments)
+
+
+class ForwardPlan(_Plan):
+    """The layout of forward sweeps. Its tensors are among x, y, gates, cells, h0, c0, h_n, c_n, starts, counts, order
+    and, for each direction d, w_ih<d> and so on."""
+
+    operands = Forward
+
+    def __init__(self, layer: Layer, states: States) -> None:
+        super().__init__(layer, CHUNK_ROWS)
+        self.packs = self.total > ROWS_IN_PLACE
+        for d, weights in enumerate(layer.weights):
+            self.add_direction(self._direction(layer, states, d, weights))
+
+    def _panels(self, gates: int, units: int, depth: int) -> int:
+        return gates * self.width(units) * depth if self.packs else 0
+
+    def _direction(self, layer: Layer, states: States, d: int, w: Weights) -> Forward:
+        space, rows = _Space(), self.chunk * self.block
+        hidden, outputs = self.width(self.hidden), self.width(self.outputs)
+        for name, bias in (("b_ih", w.bias_ih), ("b_hh", w.bias_hh)):
+            if bias is not None:
+                self.at(name, f"{name}{d}")
+        return Forward(
+            sizes=self.sizes(d),
+            x=self.rows("x", "x", layer.x),
+            y=self.rows("y", "y", states.y, d * self.outputs),
+            gates=self.rows("gates", "gates", states.gates, d * len(layer.cell.saved) * self.hidden),
+            cells=self.rows("cells", "cells", states.cells, d * self.hidden),
+            h0=self.states("h0", layer.h0, d),
+            c0=self.states("c0", layer.c0, d),
+            h_n=self.states("h_n", states.h_n, d),
+            c_n=self.states("c_n", states.c_n, d),
+            w_ih=self.matrix(d, "w_ih", w.weight_ih, self._panels(self.gates, self.hidden, self.inputs)),
+            w_hh=self.matrix(d, "w_hh", w.weight_hh, self._panels(self.gates, self.hidden, self.outputs)),
+            w_hr=self.matrix(d, "w_hr", w.weight_hr, self._panels(1, self.outputs, self.hidden)),
+            b_ih=0,
+            b_hh=0,
+            workspace=0,
+            b_x=space.take(self.gates, hidden),
+            b_h=space.take(self.gates, hidden) if layer.cell.separate else 0,
+            xs=space.take(rows, self.width(self.inputs)),
+            gx=space.take(rows * self.gates, hidden),
+            h=space.take(2 * self.block, outputs),
+            c=space.take(self.block, hidden) if layer.cell.has_c else 0,
+            m=space.take(self.block, hidden) if w.weight_hr is not None else 0,
+            tile=space.take(max(MAX_ROWS) * MAX_VECTORS, VECTOR_BYTES),
+            workspace_bytes=space.bytes,
+        )
+
+
+class BackwardPlan(_Plan):
+    """The layout of backward sweeps. Its tensors are among those of a ForwardPlan without h_n and c_n, and dy, dh_n,
+    dc_n, dh0, dc0 and, for each direction d, dx<d>, dw_ih<d> and so on."""
+
+    operands = Backward
+
+    def __init__(self, layer: Layer, saved: Saved, tensors: dict[str, Tensor | None]) -> None:
+        super().__init__(layer, BACKWARD_CHUNK_ROWS)
+        for d, weights in enumerate(layer.weights):
+            self.add_direction(self._direction(layer, saved, tensors, d, weights))
+
+    def _panels(self, units: int, depth: int) -> int:
+        """Packing here only moves rows together; where there are few and they are whole vectors, they may stay."""
+        if self.total <= ROWS_IN_PLACE and units * self.item % VECTOR_BYTES == 0:
+            return 0
+        self.packs = True
+        return self.width(units) * depth
+
+    def _direction(self, layer: Layer, saved: Saved, tensors: dict[str, Tensor | None], d: int, w: Weights) -> Backward:
+        space, rows = _Space(), self.chunk * self.block
+        inputs, hidden, outputs = self.width(self.inputs), self.width(self.hidden), self.width(self.outputs)
+        for name in ("dw_ih", "dw_hh", "db_ih", "db_hh", "dw_hr"):
+            if tensors[f"{name}{d}"] is not None:
+                self.at(name, f"{name}{d}")
+        projected = w.weight_hr is not None
+        # A tile may read MAX_ROWS numbers past the last. An odd count of vectors keeps rows of a power of two from
+        # meeting in few lines of a cache.
+        dg_row = (self.width(self.recurrent + max(MAX_ROWS)) // VECTOR_BYTES | 1) * VECTOR_BYTES
+        dgx = space.take(rows, dg_row)
+        return Backward(
+            sizes=self.sizes(d),
+            x=self.rows("x", "x", layer.x),
+            gates=self.rows("gates", "gates", saved.gates, d * len(layer.cell.saved) * self.hidden),
+            cells=self.rows("cells", "cells", saved.cells, d * self.hidden),
+            y=self.rows("y", "y", saved.y, d * self.outputs),
+            h0=self.states("h0", layer.h0, d),
+            c0=self.states("c0", layer.c0, d),
+            dy=self.rows("dy", "dy", tensors["dy"], d * self.outputs),
+            dh_n=self.states("dh_n", tensors["dh_n"], d),
+            dc_n=self.states("dc_n", tensors["dc_n"], d),
+            dx=self.rows("dx", f"dx{d}", tensors[f"dx{d}"]),
+            dh0=self.states("dh0", tensors["dh0"], d),
+            dc0=self.states("dc0", tensors["dc0"], d),
+            w_ih=self.matrix(d, "w_ih", w.weight_ih, self._panels(self.inputs, self.recurrent)),
+            w_hh=self.matrix(d, "w_hh", w.weight_hh, self._panels(self.outputs, self.recurrent)),
+            w_hr=self.matrix(d, "w_hr", w.weight_hr, self._panels(self.hidden, self.outputs) if projected else 0),
+            dw_ih=0,
+            dw_hh=0,
+            db_ih=0,
+            db_hh=0,
+            dw_hr=0,
+            workspace=0,
+            dg_row=dg_row,
+            dgx=dgx,
+            dgh=space.take(rows, dg_row) if layer.cell.separate else dgx,
+            xs=space.take(rows, inputs),
+            hs=space.take(rows, outputs),
+            ms=space.take(rows, hidden) if projected else 0,
+            dp=space.take(rows, outputs) if projected else 0,
+            dh=space.take(self.block, outputs),
+            dc=space.take(self.block, hidden) if layer.cell.has_c else 0,
+            dm=space.take(self.block, hidden) if projected else 0,
+            tile=space.take(1 + max(MAX_ROWS), MAX_VECTORS * VECTOR_BYTES) + MAX_VECTORS * VECTOR_BYTES,
+            workspace_bytes=space.bytes,
+        )
