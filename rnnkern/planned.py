@@ -58,6 +58,11 @@ class TrainingCall:
         return x, tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
+def looks(tensors: Sequence[Tensor]) -> list[object]:
+    """What a plan relies on of tensors whose addresses it takes."""
+    return [(t.shape, t.stride(), t.dtype, t.is_cpu) for t in tensors]
+
+
 class PlannedLayer(torch.autograd.Function):
     """(y, h_n, c_n) of a layer with a plan, (h, c) of a step: what LayerFunction is, in calls that nothing watches."""
 
@@ -67,7 +72,9 @@ class PlannedLayer(torch.autograd.Function):
         outputs, saved = plan.forward(tensors)
         ctx.plan, ctx.count = plan, len(tensors)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *saved)
+        kept = (*tensors, *saved)
+        ctx.form = looks(kept)
+        ctx.save_for_backward(*kept)
         return outputs
 
     @staticmethod
@@ -76,7 +83,8 @@ class PlannedLayer(torch.autograd.Function):
         plan, kept, needs = ctx.plan, ctx.saved_tensors, ctx.needs_input_grad[1:]
         tensors, saved = kept[: ctx.count], kept[ctx.count :]
         refuse_batched(grads)
-        if torch.is_grad_enabled() or not compat.PLAIN_OR_NONE.issuperset(map(type, (*kept, *grads))):
+        changed = ctx.form != looks(kept)  # by hooks on saved tensors
+        if changed or torch.is_grad_enabled() or not compat.PLAIN_OR_NONE.issuperset(map(type, (*kept, *grads))):
             return (None, *_again(plan, tensors, saved, grads, needs))
         return (None, *plan.backward(tensors, saved, grads, needs))
 

@@ -1,11 +1,15 @@
-"""The table of mutations: defects that test_mutations.py puts into a copy of the source, each to be seen by a check."""
+"""Defects that test_mutations.py puts into the source, each to be seen by a check of numba_mutant.py.
+
+Here are those that are tried at every run; the others are in mutations_cells.py and mutations_sweeps.py.
+"""
 
 from typing import NamedTuple
 
-BACKEND = "backends/numba_cpu/__init__.py"
-CELLS = "backends/numba_cpu/cells.py"
-SWEEP = "backends/numba_cpu/sweep.py"
-KERNELS = "backends/numba_cpu/kernels.py"
+NUMBA = "backends/numba_cpu/"
+CELLS, GATES, TILE, BLOCKS = (NUMBA + name for name in ("cells.py", "gates.py", "tile.py", "blocks.py"))
+SWEEP, FORWARD, BACKWARD = (NUMBA + name for name in ("sweep.py", "forward.py", "backward.py"))
+KERNELS, VECTOR = NUMBA + "kernels.py", NUMBA + "vector.py"
+PLANS, BACKEND, AHEAD = NUMBA + "plans.py", NUMBA + "__init__.py", NUMBA + "ahead.py"
 
 
 class Mutation(NamedTuple):
@@ -17,377 +21,276 @@ class Mutation(NamedTuple):
     cell: str
 
 
-# One of each kind: these run always.
-COMMON = [
-    Mutation(
-        "lstm: i and f swapped",
+def mutations(file: str, check: str, cell: str, changes: dict[str, tuple[str, str]]) -> list[Mutation]:
+    """Mutations of one file, {name: (old, new)}, that one check of one cell sees."""
+    return [Mutation(name, file, *change, check, cell) for name, change in changes.items()]
+
+
+# One of each kind. These change what is compiled, and cost a compilation each.
+COMPILED = [
+    *mutations(
         CELLS,
-        "    i = sigmoid(load(gh, zero))\n    f = sigmoid(load(gh + spacing, zero))",
-        "    f = sigmoid(load(gh, zero))\n    i = sigmoid(load(gh + spacing, zero))",
-        "forward",
-        "lstm",
-    ),
-    Mutation("lstm: derivative of i", CELLS, "dc_new * g * i * (1.0 - i)", "dc_new * g * i", "backward", "lstm"),
-    Mutation("lstm: dropped dc_n", SWEEP, "a.dc_n.base + b * a.dc_n.row", "0", "backward", "lstm"),
-    Mutation(
-        "gru: r and z swapped",
-        CELLS,
-        "r = sigmoid(load(gx, zero) + load(gh, zero))\n    z = sigmoid(",
-        "z = sigmoid(load(gx, zero) + load(gh, zero))\n    r = sigmoid(",
-        "forward",
-        "gru",
-    ),
-    Mutation(
-        "gru: dgh equal to dgx",
-        CELLS,
-        "store_part(dgh + 2 * slot, dn * r, zero, count)",
-        "store_part(dgh + 2 * slot, dn, zero, count)",
         "backward",
-        "gru",
+        "rnn_tanh",
+        {
+            "rnn: derivative of tanh": ("dh * (1.0 - h_new * h_new)", "dh"),
+        },
     ),
-    Mutation("gru: missing dh * z", CELLS, "return dh * z\n", "return dh * 0.0\n", "backward", "gru"),
-    Mutation("rnn: derivative of tanh", CELLS, "dh * (1.0 - h_new * h_new)", "dh", "backward", "rnn_tanh"),
-    Mutation("dropped dh_n", SWEEP, "a.dh_n.base + b * a.dh_n.row", "0", "backward", "rnn_tanh"),
-    Mutation(
-        "length edge: a row too few",
+    *mutations(
         SWEEP,
-        "min(load_int(a.counts + 8 * t), last)",
-        "min(load_int(a.counts + 8 * t) - 1, last)",
         "forward",
         "rnn_tanh",
+        {
+            "length edge: a row too few": (
+                "min(load_int(sizes.counts + 8 * t), last)",
+                "min(load_int(sizes.counts + 8 * t) - 1, last)",
+            ),
+            "order ignored on x": (
+                "outer_row(sizes, rows, step, first + b), units, zero)",
+                "step + (first + b) * rows.row, units, zero)",
+            ),
+        },
     ),
-    Mutation(
-        "length edge: a leaving row forgotten",
-        SWEEP,
-        "for b in range(staying, rows):",
-        "for b in range(staying + 1, rows):",
-        "forward",
-        "rnn_tanh",
-    ),
-    Mutation(
-        "length edge: a continuing row taken for a joining one",
-        SWEEP,
-        "if r < continuing else a.h0",
-        "if r + 1 < continuing else a.h0",
+    *mutations(
+        BACKWARD,
         "backward",
-        "gru",
+        "rnn_tanh",
+        {
+            "length edge: a continuing row taken for a joining one": (
+                "if r < continuing else state_row(sizes, a.h0, b)",
+                "if r + 1 < continuing else state_row(sizes, a.h0, b)",
+            ),
+            "gradients of a chunk in place of those before": (
+                "                fresh = False",
+                "                fresh = True",
+            ),
+        },
     ),
-    Mutation(
-        "reverse direction in the order of the other",
+    *mutations(
+        FORWARD,
+        "forward",
+        "rnn_tanh",
+        {
+            "missing recurrent bias": ("0 if separate else a.b_hh", "0"),
+        },
+    ),
+    *mutations(
         SWEEP,
-        "return steps - 1 - s if reverse else s",
-        "return s",
+        "backward",
+        "rnn_tanh",
+        {
+            "rows of a weight in place as far apart as those of a panel": (
+                "panel_row = width * VECTOR_BYTES if packed else weight.row",
+                "panel_row = width * VECTOR_BYTES",
+            ),
+        },
+    ),
+    *mutations(
+        BLOCKS,
         "forward",
         "rnn_tanh",
+        {
+            "a dot product with one unit too few": (
+                "pointers = [unit(u) for u in range(first, first + group)]",
+                "pointers = [unit(min(u, vector.lanes - 2)) for u in range(first, first + group)]",
+            ),
+        },
     ),
-    Mutation(
-        "missing recurrent bias",
-        BACKEND,
-        "return weights.bias_ih + weights.bias_hh, None",
-        "return weights.bias_ih, None",
-        "forward",
-        "rnn_tanh",
-    ),
-    Mutation(
-        "stale packed weights",
-        BACKEND,
-        "        return target.data_ptr()\n",
-        "        return vars(_Call.packed).setdefault((matrix.data_ptr(), matrix.shape), target).data_ptr()\n",
-        "forward",
-        "rnn_tanh",
-    ),
-    Mutation(
-        "pack writes no weights",
+    *mutations(
         KERNELS,
-        "load_scalar(source + k * weight.k_stride, zero) if unit < weight.units else zero",
-        "zero",
-        "backward",
+        "forward",
         "rnn_tanh",
-    ),
-    # These change no kernel, and so cost little.
-    Mutation(
-        "previous rows not shifted",
-        "layer.py",
-        "previous[1:], previous[0] = h[:-1], h0",
-        "previous[:], previous[0] = h, h0",
-        "layers",
-        "RNN",
-    ),
-    Mutation(
-        "previous rows of reverse not shifted",
-        "layer.py",
-        "previous[:-1], previous[-1] = h[1:], h0",
-        "previous[:], previous[-1] = h, h0",
-        "layers",
-        "RNN",
-    ),
-    Mutation("gru: dW_hh from dgx", "layer.py", "dgh.t() @ _previous", "dgx.t() @ _previous", "layers", "GRU"),
-    Mutation(
-        "gru: db_hh a copy of db_ih",
-        "layer.py",
-        "if layer.cell.separate or of_bias_ih is None",
-        "if of_bias_ih is None",
-        "layers",
-        "GRU",
-    ),
-    Mutation(
-        "gradients of final states not sorted",
-        "layer.py",
-        "dh_n, dc_n = packing.sort(dh_n), packing.sort(dc_n)",
-        "pass",
-        "layers",
-        "LSTM",
-    ),
-    Mutation(
-        "final states not unsorted",
-        "packing.py",
-        "torch.empty_like(states).index_copy(1, self.order, states)",
-        "states",
-        "layers",
-        "LSTM",
-    ),
-    Mutation(
-        "initial states not sorted", "packing.py", "states.index_select(1, self.order)", "states", "layers", "LSTM"
-    ),
-    Mutation(
-        "previous row on the wrong side",
-        "packing.py",
-        "before = step + 1 if reverse else step - 1",
-        "before = step - 1",
-        "layers",
-        "RNN",
-    ),
-    Mutation(
-        "previous row of a sequence that has none",
-        "packing.py",
-        "exists &= sequence < batch_sizes[before]",
-        "exists &= sequence <= batch_sizes[before]",
-        "layers",
-        "RNN",
+        {
+            "the mode of the processor not restored": (
+                "cells.rnn_tanh_forward, zero)\n    restore_mode(mode)",
+                "cells.rnn_tanh_forward, zero)",
+            ),
+        },
     ),
 ]
 
-# Every gate, every gradient, every buffer.
-FULL = [
-    Mutation(
-        "lstm: g through a sigmoid",
-        CELLS,
-        "g = tanh(load(gh + 2 * spacing, zero))",
-        "g = sigmoid(load(gh + 2 * spacing, zero))",
-        "forward",
-        "lstm",
-    ),
-    Mutation(
-        "lstm: o reads g",
-        CELLS,
-        "o = sigmoid(load(gh + 3 * spacing, zero))",
-        "o = sigmoid(load(gh + 2 * spacing, zero))",
-        "forward",
-        "lstm",
-    ),
-    Mutation("lstm: c forgets all", CELLS, "c_new = f * load(c, zero) + i * g", "c_new = i * g", "forward", "lstm"),
-    Mutation("lstm: h without tanh", CELLS, "return o * tanh(c_new)", "return o * c_new", "forward", "lstm"),
-    Mutation(
-        "lstm: saves i for f",
-        CELLS,
-        "store_part(gates + slot, f, zero, count)",
-        "store_part(gates + slot, i, zero, count)",
-        "forward",
-        "lstm",
-    ),
-    Mutation(
-        "lstm: derivative of f",
-        CELLS,
-        "load_part(c_prev, zero, count) * f * (1.0 - f)",
-        "load_part(c_prev, zero, count) * f",
-        "backward",
-        "lstm",
-    ),
-    Mutation(
-        "lstm: f meets the new c",
-        CELLS,
-        "dc_new * load_part(c_prev, zero, count)",
-        "dc_new * load_part(cells, zero, count)",
-        "backward",
-        "lstm",
-    ),
-    Mutation(
-        "lstm: derivative of g", CELLS, "dc_new * i * (1.0 - g * g)", "dc_new * i * (1.0 - g)", "backward", "lstm"
-    ),
-    Mutation("lstm: derivative of o", CELLS, "dh * tanh_c * o * (1.0 - o)", "dh * tanh_c * o", "backward", "lstm"),
-    Mutation("lstm: derivative of tanh(c)", CELLS, "dh * o * (1.0 - tanh_c * tanh_c)", "dh * o", "backward", "lstm"),
-    Mutation("lstm: dc not carried", CELLS, "dc_new = load(dc, zero) + dh * o", "dc_new = dh * o", "backward", "lstm"),
-    Mutation("lstm: dc past f", CELLS, "store(dc, dc_new * f)", "store(dc, dc_new)", "backward", "lstm"),
-    Mutation(
-        "lstm: a leaving row's c forgotten",
-        SWEEP,
-        "copy_out(a.c_n.base + (first + b) * a.c_n.row, a.c.base",
-        "copy_out(a.c_n.base + (first + b) * a.c_n.row, a.h.base",
-        "forward",
-        "lstm",
-    ),
-    Mutation(
-        "lstm: a joining row's c taken for a continuing one's",
-        SWEEP,
-        "if r < continuing else a.c0",
-        "if r + 1 < continuing else a.c0",
-        "backward",
-        "lstm",
-    ),
-    Mutation(
-        "lstm: dh counted twice with a projection",
-        SWEEP,
-        "copy_in(a.dh.base + b * a.dh.row, 0, a.outputs, zero)",
-        "pass",
-        "backward",
-        "lstm",
-    ),
-    Mutation(
-        "lstm: projection added to the old state",
-        SWEEP,
-        "copy_in(h_new + b * a.h.row, 0, a.outputs, zero)",
-        "pass",
-        "forward",
-        "lstm",
-    ),
-    Mutation(
-        "gru: reset gate unused",
-        CELLS,
-        "load(gx + 2 * spacing, zero) + r * hn",
-        "load(gx + 2 * spacing, zero) + hn",
-        "forward",
-        "gru",
-    ),
-    Mutation(
-        "gru: z and 1 - z swapped",
-        CELLS,
-        "return (1.0 - z) * n + z * load(h_prev, zero)",
-        "return z * n + (1.0 - z) * load(h_prev, zero)",
-        "forward",
-        "gru",
-    ),
-    Mutation(
-        "gru: saves n for hn",
-        CELLS,
-        "store_part(gates + 3 * slot, hn, zero, count)",
-        "store_part(gates + 3 * slot, n, zero, count)",
-        "forward",
-        "gru",
-    ),
-    Mutation(
-        "gru: both biases the same",
-        SWEEP,
-        "(a.b_h + before, 0) if separate",
-        "(a.b_x + before, 0) if separate",
-        "forward",
-        "gru",
-    ),
-    Mutation(
-        "gru: derivative of n", CELLS, "dn = dh * (1.0 - z) * (1.0 - n * n)", "dn = dh * (1.0 - z)", "backward", "gru"
-    ),
-    Mutation("gru: derivative of r", CELLS, "dr = dn * hn * r * (1.0 - r)", "dr = dn * hn * r", "backward", "gru"),
-    Mutation("gru: derivative of z", CELLS, "- n) * z * (1.0 - z)", "- n) * z", "backward", "gru"),
-    Mutation(
-        "gru: z meets the new h",
-        CELLS,
-        "(load_part(h_prev, zero, count) - n)",
-        "(load_part(h, zero, count) - n)",
-        "backward",
-        "gru",
-    ),
-    Mutation(
-        "W_hh not transposed in backward",
+# These change no kernel, and so cost little.
+PYTHON = [
+    *mutations(
         BACKEND,
-        "call.packed(weights.weight_hh.t(), 1)",
-        "call.packed(weights.weight_hh, 1)",
         "backward",
         "rnn_tanh",
+        {
+            "dx of the reverse direction dropped": ("dx.add_(other)", "pass"),
+        },
     ),
-    Mutation("rnn: no tanh", CELLS, "return tanh(load(gh, zero))", "return load(gh, zero)", "forward", "rnn_tanh"),
-    Mutation(
-        "rnn: no relu", CELLS, "return positive_part(load(gh, zero))", "return load(gh, zero)", "forward", "rnn_relu"
-    ),
-    Mutation(
-        "rnn: derivative of relu", CELLS, "unless_negative(load_part(h, zero, count), dh)", "dh", "backward", "rnn_relu"
-    ),
-    Mutation(
-        "a panel sees the new state",
-        SWEEP,
-        "h_old, h_new = h + (s % 2) * a.h.step, h + ((s + 1) % 2) * a.h.step",
-        "h_old, h_new = h, h",
-        "forward",
-        "rnn_tanh",
-    ),
-    Mutation(
-        "every panel of a product is the first",
-        SWEEP,
-        "panel = panels + v * depth * VECTOR_BYTES",
-        "panel = panels",
-        "backward",
-        "rnn_tanh",
-    ),
-    Mutation(
-        "dropped dy",
-        SWEEP,
-        "load(dh + at, zero) + load_part(dy + at, zero, a.outputs - u)",
-        "load(dh + at, zero)",
-        "backward",
-        "rnn_tanh",
-    ),
-    Mutation(
-        "last step's final states lost",
-        SWEEP,
-        "if s + 1 < a.steps else 0",
-        "if s + 1 < a.steps else rows",
-        "forward",
-        "rnn_tanh",
-    ),
-    Mutation(
-        "previous state from this step's rows",
-        SWEEP,
-        "start_prev = load_int(a.starts + 8 * t_prev)",
-        "start_prev = load_int(a.starts + 8 * t)",
-        "backward",
-        "gru",
-    ),
-    Mutation(
-        "dh0 without the first step's product",
-        SWEEP,
-        "product(rows, dgh, a.dgh.row, a.w_hh, a.recurrent,",
-        "product(rows, dgh, a.dgh.row, a.w_hh, a.recurrent - 1,",
-        "backward",
-        "rnn_tanh",
-    ),
-    Mutation(
-        "a tile's rows all see the first row's input",
-        "backends/numba_cpu/tile.py",
-        "vector, elements[row], weights",
-        "vector, elements[0], weights",
-        "forward",
-        "rnn_tanh",
-    ),
-    Mutation(
-        "a tile starts from the first row's C0",
-        "backends/numba_cpu/tile.py",
-        "(sums[rc], start[rc], new[rc])",
-        "(sums[rc], start[0, rc[1]], new[rc])",
-        "forward",
-        "rnn_tanh",
-    ),
-    Mutation(
-        "tanh slightly off",
-        "backends/numba_cpu/gates.py",
-        "range(14, 1, -1)",
-        "range(7, 1, -1)",
-        "forward",
-        "rnn_tanh",
-    ),
-    Mutation(
-        "tasks after the first share its rows",
+    *mutations(
         BACKEND,
-        "operands = [arguments[direction], first, last]",
-        "operands = [arguments[0], first, last]",
+        "shares",
+        "rnn_tanh",
+        {
+            "gradients of shares not added": ("of_shares.sum(0)", "of_shares[0]"),
+        },
+    ),
+    *mutations(
+        PLANS,
+        "shares",
+        "rnn_tanh",
+        {
+            "tasks after the first share its rows": (
+                "(places[d], first, last, place, zero) for d, first, last, place",
+                "(places[d], 0, last - first, place, zero) for d, first, last, place",
+            ),
+            "tasks after the first share its sums": (
+                "(places[d], first, last, place, zero) for d, first, last, place",
+                "(places[d], first, last, 0, zero) for d, first, last, place",
+            ),
+        },
+    ),
+    *mutations(
+        PLANS,
         "forward",
         "rnn_tanh",
+        {
+            "both directions write the same outputs": (
+                'self.rows("y", "y", states.y, d * self.outputs)',
+                'self.rows("y", "y", states.y, 0)',
+            ),
+            "both directions end in the same state": (
+                'self.at(f"{field}.base", field, d * tensor.stride(0) * self.item)',
+                'self.at(f"{field}.base", field, 0)',
+            ),
+            "both directions have the same weights": (
+                'self.at(f"{name}.base", f"{name}{d}")',
+                'self.at(f"{name}.base", f"{name}0")',
+            ),
+        },
+    ),
+    *mutations(
+        PLANS,
+        "forward",
+        "gru",
+        {
+            "both directions write the same gates": (
+                'self.at(f"{field}.base", field, d * tensor.stride(-2) * self.item)',
+                'self.at(f"{field}.base", field, 0)',
+            ),
+            "saved rows of lengths where they would be padded": (
+                "        if self.ragged:\n            return Rows",
+                "        if self.packed:\n            return Rows",
+            ),
+        },
+    ),
+    *mutations(
+        PLANS,
+        "backward",
+        "rnn_tanh",
+        {
+            "both directions read the same dy": ('tensors["dy"], d * self.outputs)', 'tensors["dy"], 0)'),
+        },
+    ),
+    *mutations(
+        PLANS,
+        "repeated",
+        "GRU",
+        {
+            "stale packed weights": (
+                "        if self.packs:\n",
+                '        if self.packs and vars(self).setdefault("packed", addresses[0]) is addresses[0]:\n',
+            ),
+        },
+    ),
+    *mutations(
+        BACKEND,
+        "strides",
+        "rnn_tanh",
+        {
+            "a plan of other strides": ("(t.shape, t.stride()) for t in tensors", "(t.shape, None) for t in tensors"),
+        },
+    ),
+    *mutations(
+        AHEAD,
+        "repeated",
+        "GRU",
+        {
+            "by a plan: dx of the reverse direction dropped": ("dx[0].add_(other)", "pass"),
+            "by a plan: gradients of shares not added": ("g.sum(0)", "g[0]"),
+            "by a plan: another layout of the gradient": (
+                "key = (tuple(needs), *[None if g is None else g.stride() for g in given])",
+                "key = (tuple(needs), *[g is None for g in given])",
+            ),
+        },
+    ),
+    *mutations(
+        AHEAD,
+        "repeated",
+        "LSTM",
+        {
+            "by a plan: every layer starts from the first one's states": (
+                "int(part.storage_offset() - begin)",
+                "0 * int(part.storage_offset() - begin)",
+            ),
+        },
+    ),
+    *mutations(
+        "shortcut.py",
+        "repeated",
+        "GRU",
+        {
+            "by a plan: another layout of the input": ("(t.shape, t.stride(), t.dtype,", "(t.shape, t.dtype,"),
+        },
+    ),
+    *mutations(
+        "reference.py",
+        "layers",
+        "RNN",
+        {
+            "previous rows not shifted": (
+                "h_prev = grid.keep(before, saved.y[before], start[0])",
+                "h_prev = grid.keep(before, saved.y[t], start[0])",
+            ),
+            "previous rows of reverse on the wrong side": ("before = order[index - 1]", "before = max(t - 1, 0)"),
+            "previous row of a sequence that has none": (
+                "h_prev = grid.keep(before, saved.y[before], start[0])",
+                "h_prev = saved.y[before]",
+            ),
+        },
+    ),
+    *mutations(
+        "reference.py",
+        "layers",
+        "GRU",
+        {
+            "gru: dW_hh from dgx": ("outer(g.dgh, g.h_prev)", "outer(g.dgx, g.h_prev)"),
+            "gru: db_hh a copy of db_ih": ("g.dgh.sum((0, 1))", "g.dgx.sum((0, 1))"),
+        },
+    ),
+    *mutations(
+        "reference.py",
+        "layers",
+        "LSTM",
+        {
+            "sequences not in their order": ("sequence if layer.order is None else layer.order[sequence]", "sequence"),
+            "rows past an end not zero": (
+                "return self.collect(grid) if self.packed else self.mask(grid)",
+                "return self.collect(grid) if self.packed else grid",
+            ),
+        },
+    ),
+    *mutations(
+        "packing.py",
+        "layers",
+        "LSTM",
+        {
+            "shortest sequence first": ("descending=True", "descending=False"),
+            "a step too few for a length": ("ended[:steps]", "ended[1 : steps + 1]"),
+        },
+    ),
+    *mutations(
+        "functional.py",
+        "layers",
+        "LSTM",
+        {
+            "initial states not sorted": ("states = tuple(s.index_select(1, sorted_indices) for s in states)", "pass"),
+            "final states not unsorted": (
+                "states = tuple(s.index_select(1, unsorted_indices) for s in states)",
+                "pass",
+            ),
+        },
     ),
 ]

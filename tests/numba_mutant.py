@@ -1,16 +1,19 @@
-"""Checks a changed copy of rnnkern: a server that forks a process for each, with torch and numba already imported.
+"""Checks rnnkern with a defect in it: a server that forks a process for each, with torch and numba already imported.
 
-It reads lines of JSON `[folder of the copy, name of the check, cell]` and answers each with a line: the error that
-the check found, relative to the largest number compared. Sweeps are compared with the oracle one by one, so that only
-the kernel in question is compiled: backward starts from what the oracle saved.
+It reads lines of JSON `[file, its text, name of the check, cell]`, the file named from the package on and its text what
+is run in place of what is on disk, and answers each with a line: the error that the check found, relative to the
+largest number compared. Sweeps are compared with the oracle one by one, so that only the kernel in question is
+compiled: backward starts from what the oracle saved.
 """
 
-import importlib
+import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import CodeType
 from typing import Any
 from unittest import mock
 
@@ -18,120 +21,150 @@ import numba
 import torch
 from torch import Tensor
 
-
-# Blocks of few sequences and chunks of few steps, and the ones that there are.
+INFINITE = float("inf")
+# Blocks and chunks as they are, and of few sequences and few steps.
 CUTS: tuple[dict[str, int], ...] = ({}, {"MOST_SEQUENCES": 2, "CHUNK_ROWS": 4, "BACKWARD_CHUNK_ROWS": 5})
 
 
-@contextmanager
-def mode_is_kept() -> Iterator[None]:
-    """Raises unless the processor's way with denormals is afterwards as it was."""
+def _mode() -> int:
+    """The processor's way with denormals."""
     from rnnkern.backends.numba_cpu.vector import flush_denormals, restore_mode
 
-    @numba.njit  # type: ignore[untyped-decorator]
+    @numba.njit
     def mode():  # type: ignore[no-untyped-def]
         before = flush_denormals()
         restore_mode(before)
         return before
 
-    before = mode()
-    yield
-    assert mode() == before, "the mode of the processor has changed"
+    return int(mode())
 
 
 def forward(cell: str) -> float:
-    """The forward sweep against the oracle's, also after the weights have changed in place."""
+    """The forward sweep against the oracle's, also after the weights have changed in place; what it leaves behind."""
     from rnnkern import reference
     from rnnkern.backends import numba_cpu
-    from tests.numba_support import difference, layer_forms, plan_constants
+    from tests.numba_support import Guards, difference, layer_forms, plan_constants
 
-    worst = 0.0
+    worst, mode = 0.0, _mode()
     for layer in layer_forms(cell):
         for constants in CUTS:
-            with plan_constants(**constants), mode_is_kept():
+            with plan_constants(**constants):
+                with Guards() as guards:
+                    found = numba_cpu.forward(layer, save=True)
+                worst = max(worst, difference(found, reference.forward(layer, save=True)))
+                for weights in layer.weights:
+                    weights.weight_hh.mul_(-0.5)
                 found = numba_cpu.forward(layer, save=True)
-            worst = max(worst, difference(found, reference.forward(layer, save=True)))
-            for weights in layer.weights:
-                weights.weight_hh.mul_(-0.5)
-            found = numba_cpu.forward(layer, save=True)
-            worst = max(worst, difference(found, reference.forward(layer, save=True)))
-    return worst
+                worst = max(worst, difference(found, reference.forward(layer, save=True)))
+            worst = worst if guards.whole() else INFINITE
+    return worst if _mode() == mode else INFINITE
 
 
 def backward(cell: str) -> float:
-    """The backward sweep against the oracle's, from the activations that the oracle saved."""
+    """The backward sweep against the oracle's, from the activations that the oracle saved; what it leaves behind."""
     from rnnkern import reference
     from rnnkern.backends import numba_cpu
-    from tests.numba_support import all_needs, difference, layer_forms, plan_constants, random_gradients
+    from tests.numba_support import Guards, all_needs, difference, layer_forms, plan_constants, random_gradients
 
-    worst = 0.0
+    worst, mode = 0.0, _mode()
     for layer in layer_forms(cell):
         states = reference.forward(layer, save=True)
         given = (layer, states.saved, *random_gradients(states), all_needs(layer))
         for constants in CUTS:
-            with plan_constants(**constants), mode_is_kept():
+            with plan_constants(**constants), Guards() as guards:
                 found = numba_cpu.backward(*given)
             worst = max(worst, difference(found, reference.backward(*given)))
-    return worst
+            worst = worst if guards.whole() else INFINITE
+    return worst if _mode() == mode else INFINITE
+
+
+def strides(cell: str) -> float:
+    """Calls of the same shapes with operands in one layout and another."""
+    from rnnkern import reference
+    from rnnkern.backends import numba_cpu
+    from tests.numba_support import difference, random_layer
+
+    layer = random_layer(cell)
+    wide = layer.x.repeat(1, 1, 2)[..., : layer.x.shape[-1]]
+    calls = [layer, layer._replace(x=wide), layer]
+    return max(difference(numba_cpu.forward(c, save=True), reference.forward(c, save=True)) for c in calls)
 
 
 def flushed(cell: str) -> float:
-    """Whether a state that decays is taken for zero once it is denormal: what is left of it after the forward sweep."""
+    """How many numbers are left of denormal ones, written and read, after the forward sweep of a relu."""
     from rnnkern.backends import numba_cpu
     from rnnkern.cells import Weights
     from tests.numba_support import random_layer
 
+    tiny = torch.finfo(torch.float64).tiny
     layer = random_layer(cell, steps=3, inputs=1, hidden=4, directions=1)
-    weights = Weights(torch.zeros(4, 1, dtype=torch.float64), torch.eye(4, dtype=torch.float64) / 4)
-    small = torch.full_like(layer.h0, torch.finfo(torch.float64).tiny)
-    y = numba_cpu.forward(layer._replace(x=layer.x * 0, h0=small, weights=(weights,)), save=False).y
-    return float(y.count_nonzero())
+    huge, quarter = torch.full((4, 1), 1e300, dtype=torch.float64), torch.eye(4, dtype=torch.float64) / 4
+    layer = layer._replace(weights=(Weights(huge, quarter),))
+    written = numba_cpu.forward(layer._replace(x=layer.x * 0, h0=torch.full_like(layer.h0, tiny)), save=False)
+    read = numba_cpu.forward(layer._replace(x=torch.full_like(layer.x, tiny / 8), h0=layer.h0 * 0), save=False)
+    return float(written.y.count_nonzero() + read.y.count_nonzero())
 
 
 def shares(cell: str) -> float:
     """Both sweeps, each direction's batch divided among three threads."""
     from tests.numba_support import difference, layer_forms, oracle, plan_constants, random_layer, sweeps
 
-    with mock.patch.object(torch, "get_num_threads", lambda: 6), plan_constants(WORTH_A_THREAD=1):
+    with mock.patch.object(torch, "get_num_threads", return_value=6), plan_constants(WORTH_A_THREAD=1):
         forms = [*layer_forms(cell), random_layer(cell, batch=13, directions=1)]
         return max(difference(sweeps(layer), oracle(layer)) for layer in forms)
 
 
 def repeated(cell: str) -> float:
-    """Calls of modules that go by a plan against the first ones, with and without gradients."""
+    """Calls of modules again and again, which go by a plan, on one thread and on several, against the reference."""
+    from tests.numba_support import plan_constants
+
+    worst = 0.0
+    for threads in (1, 6):
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(torch, "get_num_threads", return_value=threads))
+            stack.enter_context(plan_constants(WORTH_A_THREAD=1))
+            for step in (False, True):
+                worst = max(worst, _repeated(cell, step, with_states=True), _repeated(cell, step, with_states=False))
+    return worst
+
+
+def _repeated(cell: str, step: bool, with_states: bool) -> float:
     import rnnkern
     from tests.numba_support import difference
 
-    kind, step = getattr(rnnkern, cell), getattr(rnnkern, f"{cell}Cell")(3, 5, dtype=torch.float64)
-    stack = kind(3, 5, num_layers=2, bidirectional=True, batch_first=True, dtype=torch.float64)
-    worst = 0.0
-    for module, shape, leading in ((stack, (4, 6, 3), (4, 4)), (step, (4, 3), (4,))):
-        x = torch.randn(shape, dtype=torch.float64)
-        states = [torch.randn(*leading, 5, dtype=torch.float64) for _ in range(2 if cell == "LSTM" else 1)]
-        for with_states in (False, True):
-            first: list[Tensor] = []
-            for _ in range(3):
-                leaves = [t.clone().requires_grad_() for t in (x, *states)]
-                hx = (tuple(leaves[1:]) if len(states) > 1 else leaves[1]) if with_states else None
-                found = _flat(module(leaves[0], hx))
-                with torch.no_grad():
-                    inference = _flat(module(leaves[0], hx))
-                wanted = leaves[: 1 + len(states) * with_states] + list(module.parameters())
-                gradients = torch.autograd.grad(_weighted(found), wanted)
-                first = first or [*found, *inference, *gradients]
-            worst = max(worst, difference([*found, *inference, *gradients], first))
+    options: dict[str, Any] = {"num_layers": 2, "bidirectional": True, "batch_first": True}
+    kind = getattr(rnnkern, f"{cell}Cell" if step else cell)
+    ours, judge = (
+        kind(3, 5, dtype=torch.float64, backend=b, **({} if step else options)) for b in ("numba", "reference")
+    )
+    shape, leading = ((7, 3), (7,)) if step else ((7, 6, 3), (4, 7))
+    count, worst = 2 if cell == "LSTM" else 1, 0.0
+    for index in range(8):
+        judge.load_state_dict(ours.state_dict())
+        x = torch.randn(*shape[:-1], 6, dtype=torch.float64)[..., :3]
+        x = x if index % 2 else x.contiguous()
+        states = [torch.randn(*leading, 5, dtype=torch.float64) for _ in range(count)] if with_states else []
+        hx = (tuple(states) if count > 1 else states[0]) if with_states else None
+        found = [_results_and_gradients(module, x, hx, turned=index % 4 > 1) for module in (ours, judge)]
+        worst = max(worst, difference(*found))
+        with torch.no_grad():
+            worst = max(worst, difference(_flat(ours(x, hx)), _flat(judge(x, hx))))
+            for p in ours.parameters():
+                p.mul_(-0.9)
     return worst
+
+
+def _results_and_gradients(module: torch.nn.Module, x: Tensor, hx: Any, turned: bool) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    results = _flat(module(x, hx))
+    cotangents = [torch.linspace(-1, 2, r.numel(), dtype=r.dtype).view(r.shape) for r in results]
+    if turned:
+        cotangents = [c.transpose(0, 1).contiguous().transpose(0, 1) for c in cotangents]
+    return [*results, *torch.autograd.grad(results, [x, *module.parameters()], cotangents)]
 
 
 def _flat(results: Any) -> list[Tensor]:
     return [results] if isinstance(results, Tensor) else [t for part in results for t in _flat(part)]
-
-
-def _weighted(results: list[Tensor]) -> Tensor:
-    """A sum in which every number has another weight."""
-    return torch.stack(
-        [(r * torch.linspace(-1, 2, r.numel(), dtype=r.dtype).view(r.shape)).sum() for r in results]
-    ).sum()
 
 
 def layers(cell: str) -> float:
@@ -173,26 +206,56 @@ def _modules_differ(
             y, states = module(packed, hx)
             y, _ = pad_packed_sequence(y, batch_first=batch_first)
         results = _flat((y, states))
-        found.append([*results, *torch.autograd.grad(_weighted(results), [x_, start_, *module.parameters()])])
+        weighted = [(r * torch.linspace(-1, 2, r.numel(), dtype=r.dtype).view(r.shape)).sum() for r in results]
+        found.append([*results, *torch.autograd.grad(torch.stack(weighted).sum(), [x_, start_, *module.parameters()])])
     (got, want) = found
     return difference(got, want)
 
 
 CHECKS: dict[str, Callable[[str], float]] = {
-    function.__name__: function for function in (forward, backward, flushed, shares, repeated, layers)
+    check.__name__: check for check in (forward, backward, strides, flushed, shares, repeated, layers)
 }
 
 
-def _check(folder: str, name: str, cell: str) -> float:
-    sys.path.insert(0, folder)
-    package = importlib.import_module("rnnkern")
-    assert str(package.__file__).startswith(folder), f"{package.__file__} is not the copy in {folder}"
+class Changed(SourceFileLoader):
+    """Loads a module from a text that is not that of its file."""
+
+    def __init__(self, name: str, path: str, text: str) -> None:
+        super().__init__(name, path)
+        self.text = text
+
+    def get_code(self, fullname: str) -> CodeType:
+        return compile(self.text, self.path, "exec", dont_inherit=True)
+
+
+class Finder:
+    """Gives the module of one file another text. Its file stays as it is, for Numba to find its cache by."""
+
+    def __init__(self, file: str, text: str) -> None:
+        self.file, self.text = os.path.join("rnnkern", file), text
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None or spec.origin is None or not spec.origin.endswith(self.file):
+            return None
+        package = spec.submodule_search_locations
+        loader = Changed(name, spec.origin, self.text)
+        return importlib.util.spec_from_file_location(
+            name, spec.origin, loader=loader, submodule_search_locations=package
+        )
+
+
+def _check(file: str, text: str, name: str, cell: str) -> float:
+    assert not any(module.startswith("rnnkern") for module in sys.modules)
+    sys.meta_path.insert(0, Finder(file, text))
     torch.manual_seed(0)
     return CHECKS[name](cell)
 
 
 def serve() -> None:
     torch.set_num_threads(1)  # torch's OpenMP pool would not survive the forks
+    torch.use_deterministic_algorithms(True)  # which fills what is not written with NaN
+    numba.njit(lambda number: number)(1)  # sets up for every child what Numba sets up at its first compilation
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

@@ -2,8 +2,9 @@
 
 import ctypes
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -18,7 +19,7 @@ from rnnkern.packing import sort_lengths
 
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-12}
 # Sizes that leave rests everywhere: of a vector, of a panel, of a tile, of a share.
-ODD = {"steps": 4, "batch": 13, "inputs": 7, "hidden": 19}
+ODD: dict[str, Any] = {"steps": 4, "batch": 13, "inputs": 7, "hidden": 19}
 
 # Python 3.12 warns of a fork in a process that has threads. That it works is what tests show that are marked so.
 FORKS = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -52,8 +53,8 @@ def random_layer(
 
     def weights() -> Weights:
         w_hr = None if outputs is None else draw(outputs, hidden)
-        biases = (draw(recurrent), draw(recurrent)) if bias else (None, None)
-        drawn = Weights(draw(recurrent, inputs), draw(recurrent, units), *biases, w_hr)
+        b_ih, b_hh = (draw(recurrent), draw(recurrent)) if bias else (None, None)
+        drawn = Weights(draw(recurrent, inputs), draw(recurrent, units), b_ih, b_hh, w_hr)
         return drawn.map(lambda w: w * scale)
 
     order, counts = None, None if batch_sizes is None else torch.tensor(batch_sizes)
@@ -76,10 +77,13 @@ def layer_forms(cell: str, dtype: torch.dtype = torch.float64) -> list[Layer]:
     few enough rows to read weights in place, some do not."""
     packed = random_layer(cell, batch_sizes=[5, 4, 4, 2, 1], hidden=11, dtype=dtype, seed=1)
     lengths = random_layer(cell, steps=7, batch=6, lengths=[2, 6, 6, 1, 4, 6], dtype=dtype, seed=3)
-    forms = [random_layer(cell, dtype=dtype), packed, lengths]
+    vectors = {"inputs": 16, "hidden": 32, "outputs": 16 if CELLS[cell].has_c else None}  # whole ones on any machine
+    whole = random_layer(cell, steps=3, batch=4, **vectors, scale=0.2, dtype=dtype, seed=5)  # type: ignore[arg-type]
+    forms = [random_layer(cell, dtype=dtype), packed, lengths, whole]
     if CELLS[cell].has_c:
         forms.append(random_layer(cell, outputs=3, batch_sizes=[5, 3, 3], dtype=dtype, seed=2))
-        forms.append(random_layer(cell, outputs=4, hidden=6, steps=6, dtype=dtype, seed=4))
+        some = [6, 3, 6, 1, 5]
+        forms.append(random_layer(cell, outputs=4, hidden=6, steps=6, lengths=some, dtype=dtype, seed=4))
     return forms
 
 
@@ -136,6 +140,55 @@ def plan_constants(**values: int) -> Iterator[None]:
             yield
     finally:
         forget_plans()
+
+
+# What allocates memory that the backend is to fill.
+ALLOCATORS = ("new_empty", "new_zeros", "new_empty_strided")
+
+
+@contextmanager
+def every_buffer(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """All memory that is allocated within goes through `change`."""
+
+    def changed(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **options: Any) -> Tensor:
+            return change(allocate(*args, **options))
+
+        return call
+
+    patches: dict[str, Any] = {name: changed(getattr(Tensor, name)) for name in ALLOCATORS}
+    with (
+        mock.patch.multiple(Tensor, **patches),
+        mock.patch.object(torch, "empty_like", changed(torch.empty_like)),
+    ):
+        yield
+
+
+class Guards:
+    """Within, every buffer that is allocated lies between guards, numbers that nobody may touch."""
+
+    MARGIN, NUMBER = 64, -12345.0
+
+    def __init__(self) -> None:
+        self.allocated: list[Tensor] = []
+        self._changing = every_buffer(self._guarded)
+
+    def _guarded(self, inside: Tensor) -> Tensor:
+        around = torch.full((inside.numel() + 2 * self.MARGIN,), self.NUMBER, dtype=inside.dtype)
+        self.allocated.append(around)
+        return around.as_strided(inside.shape, inside.stride(), self.MARGIN).copy_(inside)
+
+    def __enter__(self) -> "Guards":
+        self._changing.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._changing.__exit__(*error)
+
+    def whole(self) -> bool:
+        """Whether nobody has."""
+        ends = [(around[: self.MARGIN], around[-self.MARGIN :]) for around in self.allocated]
+        return all((end == self.NUMBER).all() for both in ends for end in both)
 
 
 def before_a_forbidden_page(size: int) -> tuple[mmap.mmap, int]:

@@ -164,9 +164,10 @@ def test_vmap_over_weights_and_input(cell: str) -> None:
     torch.testing.assert_close(outputs, torch.stack([m(x)[0] for m, x in zip(members, xs, strict=True)]))
 
 
-def test_vmap_over_lengths() -> None:
+@pytest.mark.parametrize("backend", ["numba", "reference"])
+def test_vmap_over_lengths(backend: str) -> None:
     """Each element with lengths of its own, and so with another number of saved rows."""
-    module, _ = twins("lstm", bidirectional=True)
+    module = rnnkern.LSTM(2, 3, bidirectional=True, dtype=torch.float64, backend=backend)
     xs, lengths = random(2, 4, 3, 2), torch.tensor([[2, 4, 1], [1, 1, 3]])
 
     def gradient(x: Tensor, given: Tensor) -> Any:

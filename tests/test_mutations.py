@@ -1,4 +1,4 @@
-"""Defects put into a copy of the source on purpose, each of which a named check of numba_mutant.py must see.
+"""Defects put into the source on purpose, each of which a named check of numba_mutant.py must see.
 
 What is shown is that the comparisons the other tests make are sharp: a derivative, an edge or a bias that is wrong
 does not pass. A mutation whose text is no longer in the source fails, so that the table follows the code.
@@ -6,45 +6,40 @@ does not pass. A mutation whose text is no longer in the source fails, so that t
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import rnnkern
-from tests.mutations import COMMON, FULL, Mutation
+from tests.mutations import COMPILED, PYTHON, Mutation
+from tests.mutations_cells import OF_CELLS
+from tests.mutations_sweeps import OF_SWEEPS
 
 LIMIT = 1e-10  # of float64 sweeps over a few steps; without a mutation the error is about 1e-15
+PACKAGE = Path(rnnkern.__file__).parent
 
-Check = Callable[[Path, str, str], float]
+Check = Callable[[str, str, str, str], float]
 
 
-@pytest.fixture(scope="module")
-def check(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Check]:
-    """Runs a check on the copy of rnnkern in a folder; returns the error it found."""
-    folder = tmp_path_factory.mktemp("mutants")
-    # Sixteen bytes a vector and no optimisation: quick to compile, and five units make three panels with a rest.
-    quick = {
-        "NUMBA_CPU_NAME": "generic",
-        "NUMBA_CPU_FEATURES": "",
-        "NUMBA_OPT": "0",
-        "RNNKERN_CACHE_DIR": str(folder / "none"),
-    }
-    environment = {**os.environ, **quick, "PYTHONPATH": str(Path(__file__).parents[1])}
+@contextmanager
+def server(folder: Path, settings: dict[str, str]) -> Iterator[Check]:
+    """Runs checks on rnnkern with the text of one file changed; returns the error each found."""
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), **settings}
     with (folder / "stderr").open("w+") as errors:
-        server = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "tests.numba_mutant"],
             env=environment, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
         )  # fmt: skip
-        assert server.stdin is not None
-        assert server.stdout is not None
-        ask, answers = server.stdin, server.stdout
+        assert process.stdin is not None
+        assert process.stdout is not None
+        ask, answers = process.stdin, process.stdout
 
-        def run(copy: Path, name: str, cell: str) -> float:
-            ask.write(json.dumps([str(copy), name, cell]) + "\n")
+        def run(file: str, text: str, name: str, cell: str) -> float:
+            ask.write(json.dumps([file, text, name, cell]) + "\n")
             ask.flush()
             answer = json.loads(answers.readline() or '"the server has died"')
             assert isinstance(answer, float), f"{answer}: {(folder / 'stderr').read_text()[-3000:]}"
@@ -52,48 +47,79 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Check]:
 
         yield run
         ask.close()
-        assert server.wait(60) == 0
+        assert process.wait(60) == 0
         answers.close()
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    shutil.copytree(Path(rnnkern.__file__).parent, tmp_path / "rnnkern", ignore=shutil.ignore_patterns("__pycache__"))
-    return tmp_path
+@pytest.fixture(scope="module")
+def compiling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Check]:
+    """Compiles what it checks: sixteen bytes a vector and no optimisation, which is quick, and makes three panels of
+    five units, with a rest."""
+    folder = tmp_path_factory.mktemp("compiling")
+    # A cache below a file, not a folder: what is compiled must never be found again for another text.
+    nowhere = {"RNNKERN_CACHE_DIR": str(folder / "stderr" / "none")}
+    quick = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_OPT": "0"}
+    with server(folder, quick | nowhere) as check:
+        yield check
 
 
-def parameters(common: list[Mutation], full: list[Mutation]) -> list[object]:
-    return [
-        *(pytest.param(m, id=m.name) for m in common),
-        *(pytest.param(m, id=m.name, marks=pytest.mark.slow) for m in full),
-    ]
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Check]:
+    """Takes the kernels that there are from the cache: for files that are not compiled."""
+    with server(tmp_path_factory.mktemp("cached"), {}) as check:
+        yield check
 
 
-@pytest.mark.parametrize("mutation", parameters(COMMON, FULL))
-def test_caught(mutation: Mutation, check: Check, copy: Path) -> None:
-    path = copy / "rnnkern" / mutation.file
-    source = path.read_text()
+def mutated(mutation: Mutation) -> str:
+    """The text of the file with the mutation in it."""
+    source = (PACKAGE / mutation.file).read_text()
     assert source.count(mutation.old) == 1, (
         f"{mutation.file}: {mutation.old!r} is found {source.count(mutation.old)} times, not once"
     )
-    path.write_text(source.replace(mutation.old, mutation.new))
-    assert check(copy, mutation.check, mutation.cell) > LIMIT, f"no check saw: {mutation.name}"
+    return source.replace(mutation.old, mutation.new)
+
+
+def named(mutations: list[Mutation], *marks: pytest.MarkDecorator) -> list[object]:
+    return [pytest.param(m, id=m.name, marks=marks) for m in mutations]
+
+
+@pytest.mark.parametrize("mutation", [*named(COMPILED), *named([*OF_CELLS, *OF_SWEEPS], pytest.mark.slow)])
+def test_caught(mutation: Mutation, compiling: Check) -> None:
+    found = compiling(mutation.file, mutated(mutation), mutation.check, mutation.cell)
+    assert found > LIMIT, f"no check saw: {mutation.name}"
+
+
+@pytest.mark.parametrize("mutation", named(PYTHON))
+def test_caught_without_compiling(mutation: Mutation, cached: Check) -> None:
+    found = cached(mutation.file, mutated(mutation), mutation.check, mutation.cell)
+    assert found > LIMIT, f"no check saw: {mutation.name}"
+
+
+CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+SWEEPS = [(name, cell) for name in ("forward", "backward") for cell in CELLS] + [("flushed", "rnn_relu")]
+CALLS = [(name, cell) for name in ("repeated", "layers") for cell in ("LSTM", "GRU", "RNN")]
+OTHERS = [("strides", "rnn_tanh"), ("shares", "rnn_tanh")]
+ALWAYS = {("forward", "rnn_tanh"), ("backward", "rnn_tanh")}
 
 
 @pytest.mark.parametrize(
-    ("name", "cell"),
-    [
-        *((name, cell) for name in ("forward", "backward") for cell in ("lstm", "gru", "rnn_tanh")),
-        *(pytest.param(name, "rnn_relu", marks=pytest.mark.slow) for name in ("forward", "backward")),
-        *(("layers", cell) for cell in ("LSTM", "GRU", "RNN")),
-    ],
+    ("name", "cell"), [pytest.param(*c, marks=() if c in ALWAYS else pytest.mark.slow) for c in SWEEPS]
 )
-def test_nothing_is_seen_without_a_mutation(name: str, cell: str, check: Check, copy: Path) -> None:
-    assert check(copy, name, cell) < LIMIT
+def test_nothing_is_seen_without_a_mutation(name: str, cell: str, compiling: Check) -> None:
+    assert compiling("cells.py", (PACKAGE / "cells.py").read_text(), name, cell) < LIMIT
 
 
-@pytest.mark.parametrize("mutation", [pytest.param(m, id=m.name) for m in FULL])
+@pytest.mark.parametrize(("name", "cell"), [*SWEEPS, *CALLS, *OTHERS])
+def test_nothing_is_seen_without_a_mutation_or_compiling(name: str, cell: str, cached: Check) -> None:
+    assert cached("cells.py", (PACKAGE / "cells.py").read_text(), name, cell) < LIMIT
+
+
+@pytest.mark.parametrize("mutation", named([*OF_CELLS, *OF_SWEEPS]))
 def test_the_table_fits_the_source(mutation: Mutation) -> None:
     """The mutations that do not always run are at least always applicable."""
-    source = (Path(rnnkern.__file__).parent / mutation.file).read_text()
-    assert source.count(mutation.old) == 1
+    mutated(mutation)
+
+
+def test_a_mutation_has_a_name_of_its_own() -> None:
+    names = [m.name for m in (*COMPILED, *PYTHON, *OF_CELLS, *OF_SWEEPS)]
+    assert len(set(names)) == len(names)

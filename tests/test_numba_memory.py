@@ -4,9 +4,7 @@ import multiprocessing
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -21,10 +19,12 @@ from tests.numba_support import (
     FORKS,
     LIMIT,
     ODD,
+    Guards,
     all_needs,
     before_a_forbidden_page,
     bitwise_equal,
     difference,
+    every_buffer,
     layer_forms,
     oracle,
     plan_constants,
@@ -35,30 +35,10 @@ from tests.tables import layer_class, nonlinearity
 
 # Few sequences at a time and few steps, so that every buffer of a block or chunk is filled to its end, and used again.
 SMALL = {"MOST_SEQUENCES": 4, "CHUNK_ROWS": 9, "BACKWARD_CHUNK_ROWS": 10}
-# What allocates memory that the backend is to fill.
-ALLOCATORS = ("new_empty", "new_zeros", "new_empty_strided")
 
 
 def forms(cell: str) -> list[Layer]:
     return [*layer_forms(cell), random_layer(cell, **ODD)]
-
-
-@contextmanager
-def every_buffer(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """All memory that is allocated within goes through `change`."""
-
-    def changed(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*args: Any, **options: Any) -> Tensor:
-            return change(allocate(*args, **options))
-
-        return call
-
-    patches = {name: changed(getattr(Tensor, name)) for name in ALLOCATORS}
-    with (
-        mock.patch.multiple(Tensor, **patches),
-        mock.patch.object(torch, "empty_like", changed(torch.empty_like)),
-    ):
-        yield
 
 
 def train_thrice(cell: str, **options: Any) -> list[Tensor]:
@@ -87,29 +67,18 @@ def test_nothing_unwritten_is_read(cell: str, nan_buffers: None, always_split: l
 @pytest.mark.parametrize("cell", CELLS)
 def test_nothing_is_written_past_a_buffer(cell: str, always_split: list[int]) -> None:
     """Every buffer the backend asks for, results and workspaces, lies between guards."""
-    margin, guard = 64, -12345.0
-    allocated: list[Tensor] = []
-
-    def guarded(inside: Tensor) -> Tensor:
-        around = torch.full((inside.numel() + 2 * margin,), guard, dtype=inside.dtype)
-        allocated.append(around)
-        size, stride = inside.shape, inside.stride()
-        return around[margin:-margin].as_strided(size, stride, margin).copy_(inside)
-
     wanted = [oracle(layer) for layer in forms(cell)]
     modules = train_thrice(cell)
-    with every_buffer(guarded):
+    with Guards() as guards:
         got = [sweeps(layer) for layer in forms(cell)]
         guarded_modules = train_thrice(cell)
     assert all(difference(a, b) < LIMIT[torch.float64] for a, b in zip(got, wanted, strict=True))
     assert difference(guarded_modules, modules) < LIMIT[torch.float64]
-    assert len(allocated) > 10 * len(wanted)
-    for around in allocated:
-        assert (around[:margin] == guard).all()
-        assert (around[around.numel() - margin :] == guard).all()
+    assert len(guards.allocated) > 10 * len(wanted)
+    assert guards.whole()
 
 
-class _GuardedSpace(plans._Space):  # type: ignore[misc]
+class _GuardedSpace(plans._Space):
     """Leaves a gap behind each buffer of a workspace, and remembers where."""
 
     made: list["_GuardedSpace"] = []  # noqa: RUF012
@@ -298,12 +267,11 @@ def test_lazily_negated_gradients() -> None:
     layer = random_layer("lstm", **ODD)
     states = numba_cpu.forward(layer, save=True)
     grads = (states.y, states.h_n, states.c_n)
-    negated = [torch.complex(g, g).conj().imag for g in grads if g is not None]
-    assert all(g.is_neg() for g in negated)
-    found, expected = (
-        numba_cpu.backward(layer, states.saved, *given, all_needs(layer))
-        for given in (negated, [g.resolve_neg() for g in negated])
-    )
+    dy, dh_n, dc_n = (torch.complex(g, g).conj().imag for g in grads if g is not None)
+    assert all(g.is_neg() for g in (dy, dh_n, dc_n))
+    found = numba_cpu.backward(layer, states.saved, dy, dh_n, dc_n, all_needs(layer))
+    dy, dh_n, dc_n = (g.resolve_neg() for g in (dy, dh_n, dc_n))
+    expected = numba_cpu.backward(layer, states.saved, dy, dh_n, dc_n, all_needs(layer))
     assert bitwise_equal(found, expected)
 
 

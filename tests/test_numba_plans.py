@@ -47,7 +47,8 @@ def in_every_form(cell: str, steps: int, batch: int, **sizes: Any) -> Iterator[L
     projections = (None, sizes["hidden"] - 2) if CELLS[cell].has_c else (None,)
     lengths = spread_lengths(steps, batch)
     counts = [sum(n > t for n in lengths) for t in range(steps)]
-    for outputs, form in product(projections, ({}, {"lengths": lengths}, {"batch_sizes": counts})):
+    forms: tuple[dict[str, Any], ...] = ({}, {"lengths": lengths}, {"batch_sizes": counts})
+    for outputs, form in product(projections, forms):
         yield random_layer(cell, steps=steps, batch=batch, outputs=outputs, **form, **sizes)
 
 
@@ -169,7 +170,7 @@ def test_a_plan_serves_calls_that_look_alike(cell: str) -> None:
     sweeps(layers[0])
     assert len(numba_cpu._plans) == count
     for change in ({"steps": 3}, {"batch": 12}, {"inputs": 6}, {"hidden": 18}, {"directions": 1}, {"bias": False}):
-        other = random_layer(cell, **(ODD | change))  # type: ignore[arg-type]
+        other = random_layer(cell, **(ODD | change))
         assert difference(sweeps(other), oracle(other)) < LIMIT[torch.float64]
         assert bitwise_equal(sweeps(layers[0]), expected[0])
 
@@ -228,8 +229,8 @@ def test_lengths_in_place_are_the_packed_call(cell: str, dtype: torch.dtype) -> 
             grads = numba_cpu.backward(layer, states.saved, dy, dh_n, dc_n, all_needs(layer))
             assert layer.order is not None
             packed_dy = packed_results(layer, (dy, *[None] * 7))[0]
-            packed_finals = [None if g is None else g[:, layer.order] for g in (dh_n, dc_n)]
-            of_twin_grads = numba_cpu.backward(twin, of_twin.saved, packed_dy, *packed_finals, all_needs(twin))
+            packed_h, packed_c = (None if g is None else g[:, layer.order] for g in (dh_n, dc_n))
+            of_twin_grads = numba_cpu.backward(twin, of_twin.saved, packed_dy, packed_h, packed_c, all_needs(twin))
         results = (*states, *grads)
         assert bitwise_equal(packed_results(layer, results), (*of_twin, *of_twin_grads))
         for rows in (states.y, grads[0]):

@@ -99,9 +99,9 @@ def check_kernels(call: Layer) -> None:
     needs = all_needs(call)
     names = ("x", "h0", "c0", *Weights._fields * len(call.weights))
     for only in (None, *range(call.cell.states + 1)):
-        given = [g if only in (None, i) else None for i, g in enumerate(incoming)]
-        wanted = reference.backward(call, expected.saved, *given, needs)
-        got = numba_cpu.backward(call, expected.saved, *given, needs)
+        dy, dh_n, dc_n = (g if only in (None, i) else None for i, g in enumerate(incoming))
+        wanted = reference.backward(call, expected.saved, dy, dh_n, dc_n, needs)
+        got = numba_cpu.backward(call, expected.saved, dy, dh_n, dc_n, needs)
         for name, own, theirs in zip(names, got, wanted, strict=True):
             if own is None or theirs is None:
                 assert own is theirs, f"{name}, given {only}"

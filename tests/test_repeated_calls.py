@@ -283,9 +283,9 @@ def disturbances(module: nn.Module, x: Tensor) -> Iterator[tuple[str, Callable[[
     """Calls that something watches or changes, with what they give of y."""
     yield "vmap", lambda: torch.func.vmap(lambda v: module(v)[0])(torch.stack([x, x]))[1]
     yield "functional_call", lambda: torch.func.functional_call(module, dict(module.named_parameters()), (x,))[0]
-    yield "checkpoint", lambda: checkpoint(module, x, use_reentrant=False)[0]  # type: ignore[index]
+    yield "checkpoint", lambda: checkpoint(module, x, use_reentrant=False)[0]
     yield "subclass", lambda: module(x.as_subclass(Tagged))[0].as_subclass(Tensor)
-    yield "jit.trace", lambda: torch.jit.trace(module, (x,), check_trace=False)(x)[0]  # type: ignore[no-untyped-call]
+    yield "jit.trace", lambda: torch.jit.trace(module, (x,), check_trace=False)(x)[0]
     yield "make_fx", lambda: make_fx(lambda v: module(v)[0])(x)(x)
     yield "compile", lambda: torch.compile(module, backend="aot_eager")(x)[0]
     yield "parameter as input", lambda: module(nn.Parameter(x))[0]
@@ -343,6 +343,24 @@ def test_saved_tensors_that_hooks_change(cell: str, kind: str, way: Callable[[Te
 def random_rows(*shape: int) -> Tensor:
     """(*shape, 3) with gaps between its rows."""
     return torch.randn(*shape, 6, dtype=torch.float64)[..., 2:5]
+
+
+@every_cell
+@pytest.mark.parametrize(
+    "negated", [torch._neg_view, lambda g: torch.complex(g, -g).conj().imag], ids=["whole", "apart"]
+)
+def test_lazily_negated_gradients(cell: str, negated: Callable[[Tensor], Tensor]) -> None:
+    """Views whose memory holds the number with the other sign, in one block or not."""
+    module, x = layer(cell), torch.randn(4, 2, 3, dtype=torch.float64)
+    for index in range(4):
+        results = flat(module(x))
+        cotangents = [negated(torch.randn_like(r)) for r in results]
+        assert all(g.is_neg() for g in cotangents)
+        found, expected = (
+            torch.autograd.grad(results, list(module.parameters()), given, retain_graph=True)
+            for given in (cotangents, [g.resolve_neg() for g in cotangents])
+        )
+        assert bitwise_equal(found, expected), f"call {index}"
 
 
 def test_gradients_of_some_results_alone() -> None:

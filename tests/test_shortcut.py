@@ -139,7 +139,7 @@ def test_some_gradients(cell: str, wanted: str) -> None:
         assert relative_rms(a, b) <= 1e-12
 
 
-def twins(cell: str = "lstm", inputs: int = 3, hidden: int = 7, **options: Any) -> tuple[nn.Module, nn.Module]:
+def twins(cell: str = "lstm", inputs: int = 3, hidden: int = 7, **options: Any) -> tuple[Any, Any]:
     """rnnkern's layer and torch.nn's, with the same weights."""
     options = {"dtype": torch.float64, **nonlinearity(cell), **options}
     theirs = layer_class(nn, cell)(inputs, hidden, **options)

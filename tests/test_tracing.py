@@ -57,6 +57,18 @@ def test_compile_without_a_graph_break(cell: str, layout: str, given: dict[str, 
         assert torch.equal(own, other)
 
 
+def test_compile_with_lengths_on_the_reference() -> None:
+    """The operator gives more saved rows than there are steps."""
+    module = layer("lstm", backend="reference", bidirectional=True)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = batch(module, 5, 2)
+    gradients = [
+        torch.autograd.grad(call(x, lengths=LENGTHS)[0].pow(2).sum(), list(module.parameters()))
+        for call in (compiled, module)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")  # inductor imports what torch deprecates
 def test_compile_by_inductor() -> None:
     module = layer("lstm", **LAYOUTS["stacked"])

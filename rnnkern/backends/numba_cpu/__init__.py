@@ -91,6 +91,9 @@ def backward(
     layer: Layer, saved: Saved, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, needs: Needs
 ) -> list[Tensor | None]:
     layer = _prepared(layer)
+    y, gates, cells = (None if t is None else _readable(t) for t in saved)
+    assert y is not None
+    saved = Saved(y, gates, cells)
     tensors = _named(layer) | saved._asdict()
     tensors |= {name: None if g is None else _readable(g) for name, g in (("dy", dy), ("dh_n", dh_n), ("dc_n", dc_n))}
     tensors["dh0"] = torch.empty_like(layer.h0, memory_format=torch.contiguous_format)

@@ -104,7 +104,7 @@ class Cut:
         if layer.batch_sizes is not None and parts > 1:
             lengths = (layer.batch_sizes.unsqueeze(1) > torch.arange(self.batch)).sum(0)
             goals = torch.tensor([self.total * part // parts for part in range(1, parts)])
-            edges[1:-1] = torch.searchsorted(lengths.cumsum(0), goals).tolist()
+            edges[1:-1] = (torch.searchsorted(lengths.cumsum(0), goals) + 1).tolist()  # with the one that crosses it
         spans = [(first, last) for first, last in pairwise(edges) if first < last]
         return [Share(d, *span, place) for d in range(directions) for place, span in enumerate(spans)]
 
@@ -135,11 +135,20 @@ class _Plan(Cut):
         self._addresses.append(Address(POSITIONS[self.operands][field], self.tensors.index(tensor), offset))
 
     def rows(self, field: str, name: str, tensor: Tensor | None, offset: int = 0) -> Rows:
-        """Rows of (T, B, ...), or of packed (N, ...): what backward reads is packed wherever there are lengths."""
+        """Rows of (T, B, n), or of packed (N, n)."""
         if tensor is None:
             return Rows()
         self.at(f"{field}.base", name, offset * self.item)
-        if self.ragged if field in ("gates", "cells") else self.packed:
+        if self.packed:
+            return Rows(0, 0, tensor.stride(0) * self.item)
+        return Rows(0, tensor.stride(0) * self.item, tensor.stride(1) * self.item)
+
+    def saved_rows(self, field: str, tensor: Tensor | None, d: int) -> Rows:
+        """Rows of direction d of what backward reads, (T, B, D, n), or (N, D, n) wherever there are lengths."""
+        if tensor is None:
+            return Rows()
+        self.at(f"{field}.base", field, d * tensor.stride(-2) * self.item)
+        if self.ragged:
             return Rows(0, 0, tensor.stride(0) * self.item)
         return Rows(0, tensor.stride(0) * self.item, tensor.stride(1) * self.item)
 
@@ -237,8 +246,8 @@ class ForwardPlan(_Plan):
             sizes=self.sizes(d),
             x=self.rows("x", "x", layer.x),
             y=self.rows("y", "y", states.y, d * self.outputs),
-            gates=self.rows("gates", "gates", states.gates, d * len(layer.cell.saved) * self.hidden),
-            cells=self.rows("cells", "cells", states.cells, d * self.hidden),
+            gates=self.saved_rows("gates", states.gates, d),
+            cells=self.saved_rows("cells", states.cells, d),
             h0=self.states("h0", layer.h0, d),
             c0=self.states("c0", layer.c0, d),
             h_n=self.states("h_n", states.h_n, d),
@@ -293,8 +302,8 @@ class BackwardPlan(_Plan):
         return Backward(
             sizes=self.sizes(d),
             x=self.rows("x", "x", layer.x),
-            gates=self.rows("gates", "gates", saved.gates, d * len(layer.cell.saved) * self.hidden),
-            cells=self.rows("cells", "cells", saved.cells, d * self.hidden),
+            gates=self.saved_rows("gates", saved.gates, d),
+            cells=self.saved_rows("cells", saved.cells, d),
             y=self.rows("y", "y", saved.y, d * self.outputs),
             h0=self.states("h0", layer.h0, d),
             c0=self.states("c0", layer.c0, d),

@@ -1,0 +1,342 @@
+"""The long part of the table of mutations: every edge and every buffer of the sweeps."""
+
+from tests.mutations import BACKWARD, BLOCKS, FORWARD, KERNELS, SWEEP, TILE, VECTOR, mutations
+
+OF_SWEEPS = [
+    *mutations(
+        BACKWARD,
+        "backward",
+        "lstm",
+        {
+            "lstm: dropped dc_n": (
+                "copy_in(dc, state_row(a.sizes, a.dc_n, first + b), hidden, zero)",
+                "copy_in(dc, 0, hidden, zero)",
+            ),
+            "lstm: a joining row's c taken for a continuing one's": (
+                "if r < continuing else state_row(sizes, a.c0, b)",
+                "if r + 1 < continuing else state_row(sizes, a.c0, b)",
+            ),
+            "lstm: dh counted twice with a projection": ("copy_in(dh + b * dh_row, 0, outputs, zero)", "pass"),
+            "lstm: dm on top of an old one": ("copy_in(dm + b * dm_row, 0, hidden, zero)", "pass"),
+            "lstm: rows of dp over those of the step before": (
+                "copy_in(space + a.dp + (n + b) * dh_row",
+                "copy_in(space + a.dp + b * dh_row",
+            ),
+            "lstm: previous c from this step's rows": (
+                "cells_before = saved_step(sizes, a.cells, t_prev)",
+                "cells_before = saved_step(sizes, a.cells, t)",
+            ),
+        },
+    ),
+    *mutations(
+        BACKWARD,
+        "backward",
+        "rnn_tanh",
+        {
+            "dropped dh_n": (
+                "copy_in(dh, state_row(a.sizes, a.dh_n, first + b), outputs, zero)",
+                "copy_in(dh, 0, outputs, zero)",
+            ),
+            "dropped dy": ("load(at, zero) + load_part(dy + u * item, zero, outputs - u)", "load(at, zero)"),
+            "dh0 without the first step's product": (
+                "product(rows, dgh, a.dg_row, a.w_hh, gates * sizes.hidden,",
+                "product(rows, dgh, a.dg_row, a.w_hh, gates * sizes.hidden - 1,",
+            ),
+            "gradients on top of what was in memory": (
+                "fresh = padded_bytes(sizes.outputs, zero), True",
+                "fresh = padded_bytes(sizes.outputs, zero), False",
+            ),
+            "dx of a chunk in the wrong order": (
+                "outer_step(sizes, a.dx, t)",
+                "outer_step(sizes, a.dx, step_order(sizes, chunk + chunk_end - 1 - s))",
+            ),
+            "inputs of a chunk over those of the step before": (
+                "space + a.xs + (n + r) * x_row, space",
+                "space + a.xs + r * x_row, space",
+            ),
+            "dx on top of x": ("copy_in(space + a.xs + n * x_row, 0, sizes.inputs, zero)", "pass"),
+            "a sum of rows without the last": (
+                "        for n in range(rows):\n            total",
+                "        for n in range(rows - 1):\n            total",
+            ),
+            "every block starts from the first one's gradients": (
+                "start_gradients(a, block, end, space, zero)",
+                "start_gradients(a, first, first + end - block, space, zero)",
+            ),
+            "every block writes the first one's dx": (
+                "input_gradients(a, chunk, chunk_end, block, end, n,",
+                "input_gradients(a, chunk, chunk_end, first, first + end - block, n,",
+            ),
+            "every block ends in the first one's dh0": (
+                "end_gradients(a, block, end, space, zero)",
+                "end_gradients(a, first, first + end - block, space, zero)",
+            ),
+            "order ignored on x in backward": (
+                "copy_in(x, outer_row(sizes, a.x, x_step, b), inputs, zero)",
+                "copy_in(x, x_step + b * a.x.row, inputs, zero)",
+            ),
+            "order ignored on the previous y": (
+                "before = outer_row(sizes, a.y, before_step, b) if",
+                "before = before_step + b * a.y.row if",
+            ),
+            "order ignored on y in backward": ("y = outer_row(sizes, a.y, y_step, b)", "y = y_step + b * a.y.row"),
+            "order ignored on dy": (
+                "dy = outer_row(a.sizes, a.dy, dy_step, first + b)",
+                "dy = dy_step + (first + b) * a.dy.row",
+            ),
+            "order ignored on dx": (
+                "copy_out(outer_row(sizes, a.dx, dx_step, first + b)",
+                "copy_out(dx_step + (first + b) * a.dx.row",
+            ),
+            "weight gradients: lanes past the last unit written": (
+                "store_part(at, value, zero, b_units - first)",
+                "store(at, value)",
+            ),
+        },
+    ),
+    *mutations(
+        FORWARD,
+        "forward",
+        "rnn_tanh",
+        {
+            "length edge: a leaving row forgotten": (
+                "for b in range(staying, rows):",
+                "for b in range(staying + 1, rows):",
+            ),
+            "a panel sees the new state": (
+                "h_new = space + a.h + ((s + 1) % 2) * sizes.block * h_row",
+                "h_new = h_old",
+            ),
+            "a joining sequence finds no h0": (
+                "copy_in(space + a.h + (a.sizes.block + b) * h_row, h0, outputs, zero)",
+                "pass",
+            ),
+            "last step's final states lost": ("if s + 1 < sizes.steps else 0", "if s + 1 < sizes.steps else rows"),
+            "inputs of a chunk in the wrong order": (
+                "gather(sizes, a.x, t, block,",
+                "gather(sizes, a.x, step_order(sizes, chunk + chunk_end - 1 - s), block,",
+            ),
+            "a chunk takes up the products of the one before": (
+                "                gx = space + a.gx + n * gates * gate_row",
+                "                gx = space + a.gx",
+            ),
+            "every block starts from the first one's states": (
+                "start_states(a, block, end, space, zero)",
+                "start_states(a, first, first + end - block, space, zero)",
+            ),
+            "every block reads the first one's inputs": (
+                "gather(sizes, a.x, t, block, rows,",
+                "gather(sizes, a.x, t, first, rows,",
+            ),
+            "order ignored on y": (
+                "y, state = outer_row(a.sizes, a.y, y_step, first + r)",
+                "y, state = y_step + (first + r) * a.y.row",
+            ),
+            "y: lanes past the last unit written": ("store_part(y + at, out, zero, count)", "store(y + at, out)"),
+            "a dot product starts from the last one's sum": (
+                "store(c + r * c_row + column * c_column, load(c0 + r * c0_row + column * c0_column, zero) + dots)",
+                "store(c + r * c_row + column * c_column, load(c0 + column * c0_column, zero) + dots)",
+            ),
+        },
+    ),
+    *mutations(
+        SWEEP,
+        "forward",
+        "rnn_tanh",
+        {
+            "reverse direction in the order of the other": (
+                "return sizes.steps - 1 - s if sizes.reverse else s",
+                "return s",
+            ),
+            "order ignored on states": (
+                "return rows.base + sequence(sizes, b) * rows.row if rows.base != 0 else 0",
+                "return rows.base + b * rows.row if rows.base != 0 else 0",
+            ),
+        },
+    ),
+    *mutations(
+        FORWARD,
+        "forward",
+        "gru",
+        {
+            "gru: recurrent bias added to both products": ("0 if separate else a.b_hh", "a.b_hh"),
+            "gru: both biases the same": (
+                "load_bias(space + a.b_h, a.b_hh, gates",
+                "load_bias(space + a.b_h, a.b_ih, gates",
+            ),
+            "gru: recurrent bias dropped": (
+                "load_bias(space + a.b_h, a.b_hh, gates",
+                "load_bias(space + a.b_h, 0, gates",
+            ),
+            "gru: the recurrent product starts from the other": (
+                "sums = space + a.b_h if separate else gx + b * gx_row",
+                "sums = space + a.b_h if not separate else gx + b * gx_row",
+            ),
+            "no input product for the first row": (
+                "columns = gates * width\n        n = 0",
+                "columns = gates * width\n        n = 1",
+            ),
+            "saved rows are those of the first block": (
+                "saved, cells = gates_step + (first + r) * a.gates.row",
+                "saved, cells = gates_step + r * a.gates.row",
+            ),
+            "gates in place all read the first": (
+                "rows = weight.base + (column // width * units + unit) * weight.row",
+                "rows = weight.base + unit * weight.row",
+            ),
+        },
+    ),
+    *mutations(
+        FORWARD,
+        "forward",
+        "lstm",
+        {
+            "lstm: a leaving row's c forgotten": (
+                "copy_out(state_row(a.sizes, a.c_n, first + b), space + a.c",
+                "copy_out(state_row(a.sizes, a.c_n, first + b), space + a.h",
+            ),
+            "lstm: projection added to the old state": (
+                "store(h + r * h_row + j * VECTOR_BYTES, broadcast(zero))",
+                "pass",
+            ),
+            "order ignored on a projected y": (
+                "copy_out(outer_row(a.sizes, a.y, y_step, first + b), h_new",
+                "copy_out(y_step + (first + b) * a.y.row, h_new",
+            ),
+        },
+    ),
+    *mutations(
+        SWEEP,
+        "backward",
+        "rnn_tanh",
+        {
+            "every panel of a product is the first": (
+                "weight.panels + v * depth * VECTOR_BYTES if packed",
+                "weight.panels if packed",
+            ),
+            "a weight in place is read from its first unit": (
+                "else weight.base + v * VECTOR_BYTES",
+                "else weight.base",
+            ),
+            "a row between the tiles of a product left out": ("            b += height", "            b += height + 1"),
+            "order ignored on states in backward": (
+                "return rows.base + sequence(sizes, b) * rows.row if rows.base != 0 else 0",
+                "return rows.base + b * rows.row if rows.base != 0 else 0",
+            ),
+            "states and dx: lanes past the last unit written": (
+                "store_part(target + u * item, load(source + u * item, zero), zero, units - u)",
+                "store(target + u * item, load(source + u * item, zero))",
+            ),
+        },
+    ),
+    *mutations(
+        BACKWARD,
+        "backward",
+        "gru",
+        {
+            "previous state from this step's rows": (
+                "outer_step(sizes, a.y, t), outer_step(sizes, a.y, t_prev)",
+                "outer_step(sizes, a.y, t), outer_step(sizes, a.y, t)",
+            ),
+            "recurrent weights meet the inputs' gradients": (
+                "            rows, dgh, a.dg_row, recurrent, space + a.hs",
+                "            rows, dgx, a.dg_row, recurrent, space + a.hs",
+            ),
+            "recurrent bias takes the inputs' gradients": (
+                "sum_rows(rows, dgh, a.dg_row",
+                "sum_rows(rows, dgx, a.dg_row",
+            ),
+        },
+    ),
+    *mutations(
+        TILE,
+        "forward",
+        "rnn_tanh",
+        {
+            "a tile's rows all see the first row's input": (
+                "vector, elements[row], weights",
+                "vector, elements[0], weights",
+            ),
+            "a tile starts from the first row's C0": (
+                "(sums[rc], start[rc], new[rc])",
+                "(sums[rc], start[0, rc[1]], new[rc])",
+            ),
+        },
+    ),
+    *mutations(
+        TILE,
+        "backward",
+        "rnn_tanh",
+        {
+            "an outer product's rows step by a gate": ("at.a_stride\n    else:", "_number(item)\n    else:"),
+        },
+    ),
+    *mutations(
+        SWEEP,
+        "forward",
+        "gru",
+        {
+            "what is saved of lengths taken for padded": (
+                "first = load_int(sizes.starts + 8 * t) if sizes.starts != 0 else 0",
+                "first = load_int(sizes.starts + 8 * t) if sizes.starts != 0 and sizes.order == 0 else 0",
+            ),
+        },
+    ),
+    *mutations(
+        BLOCKS,
+        "forward",
+        "rnn_tanh",
+        {
+            "a dot product without a tail of one": (
+                'builder.icmp_signed(">", tail, _number(0))',
+                'builder.icmp_signed(">", tail, _number(1))',
+            ),
+            "squares not transposed": (
+                "low = [lane if lane // half % 2 == 0 else lanes + lane - half for lane in range(lanes)]",
+                "low = list(range(lanes))",
+            ),
+        },
+    ),
+    *mutations(
+        BLOCKS,
+        "backward",
+        "rnn_tanh",
+        {
+            "every row of a panel is the weight's first": (
+                "load_part(weight.base + k * weight.row + unit * item, zero",
+                "load_part(weight.base + unit * item, zero",
+            ),
+        },
+    ),
+    *mutations(
+        BLOCKS,
+        "forward",
+        "gru",
+        {
+            "panels of every gate hold the first": (
+                "source = weight.base + (column // width * units + unit) * weight.row + k * item",
+                "source = weight.base + unit * weight.row + k * item",
+            ),
+        },
+    ),
+    *mutations(
+        KERNELS,
+        "backward",
+        "rnn_tanh",
+        {
+            "the mode of the processor not restored after backward": (
+                "cells.rnn_tanh_backward, zero)\n    restore_mode(mode)",
+                "cells.rnn_tanh_backward, zero)",
+            ),
+        },
+    ),
+    *mutations(
+        VECTOR,
+        "flushed",
+        "rnn_relu",
+        {
+            "denormals not flushed": ("FLUSH_BITS = 0x8040", "FLUSH_BITS = 0x0000"),
+            "denormals flushed where they are written alone": ("FLUSH_BITS = 0x8040", "FLUSH_BITS = 0x8000"),
+        },
+    ),
+]
