@@ -64,6 +64,11 @@ def is_undisturbed() -> bool:
     )
 
 
+def hooks_saved_tensors() -> bool:
+    """Whether hooks will see what autograd saves now: torch.autograd.graph.saved_tensors_hooks, checkpoint."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor is just memory: no subclass (FakeTensor, DTensor ...), no meta device."""
     return type(tensor) in PLAIN_TYPES and tensor.device.type in _PLAIN_DEVICES and tensor.layout == torch.strided

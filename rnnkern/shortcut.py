@@ -92,6 +92,10 @@ def describe(form: tuple[Any, ...], x: object, states: object, weights: Sequence
         return None
     tensors: tuple[Any, ...] = (x, *weights) if states is None else (x, *states, *weights)
     graded, plain = torch.is_grad_enabled(), compat.PLAIN_TYPES
+    # The two ways save different tensors, and checkpoint wants to see the same ones at its second run, which may come
+    # when there is a plan that there was not at the first.
+    if graded and compat.hooks_saved_tensors():
+        return None
     description: list[Hashable] = [form, states is None, graded, torch.get_num_threads()]
     try:
         for t in tensors:

@@ -67,25 +67,6 @@ COMPILED = [
         },
     ),
     *mutations(
-        FORWARD,
-        "forward",
-        "rnn_tanh",
-        {
-            "missing recurrent bias": ("0 if separate else a.b_hh", "0"),
-        },
-    ),
-    *mutations(
-        SWEEP,
-        "backward",
-        "rnn_tanh",
-        {
-            "rows of a weight in place as far apart as those of a panel": (
-                "panel_row = width * VECTOR_BYTES if packed else weight.row",
-                "panel_row = width * VECTOR_BYTES",
-            ),
-        },
-    ),
-    *mutations(
         BLOCKS,
         "forward",
         "rnn_tanh",
@@ -93,17 +74,6 @@ COMPILED = [
             "a dot product with one unit too few": (
                 "pointers = [unit(u) for u in range(first, first + group)]",
                 "pointers = [unit(min(u, vector.lanes - 2)) for u in range(first, first + group)]",
-            ),
-        },
-    ),
-    *mutations(
-        KERNELS,
-        "forward",
-        "rnn_tanh",
-        {
-            "the mode of the processor not restored": (
-                "cells.rnn_tanh_forward, zero)\n    restore_mode(mode)",
-                "cells.rnn_tanh_forward, zero)",
             ),
         },
     ),

@@ -103,6 +103,7 @@ OF_SWEEPS = [
                 "for b in range(staying, rows):",
                 "for b in range(staying + 1, rows):",
             ),
+            "missing recurrent bias": ("0 if separate else a.b_hh", "0"),
             "a panel sees the new state": (
                 "h_new = space + a.h + ((s + 1) % 2) * sizes.block * h_row",
                 "h_new = h_old",
@@ -214,6 +215,10 @@ OF_SWEEPS = [
                 "weight.panels + v * depth * VECTOR_BYTES if packed",
                 "weight.panels if packed",
             ),
+            "rows of a weight in place as far apart as those of a panel": (
+                "panel_row = width * VECTOR_BYTES if packed else weight.row",
+                "panel_row = width * VECTOR_BYTES",
+            ),
             "a weight in place is read from its first unit": (
                 "else weight.base + v * VECTOR_BYTES",
                 "else weight.base",
@@ -316,6 +321,17 @@ OF_SWEEPS = [
             "panels of every gate hold the first": (
                 "source = weight.base + (column // width * units + unit) * weight.row + k * item",
                 "source = weight.base + unit * weight.row + k * item",
+            ),
+        },
+    ),
+    *mutations(
+        KERNELS,
+        "forward",
+        "rnn_tanh",
+        {
+            "the mode of the processor not restored": (
+                "cells.rnn_tanh_forward, zero)\n    restore_mode(mode)",
+                "cells.rnn_tanh_forward, zero)",
             ),
         },
     ),

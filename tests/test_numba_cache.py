@@ -214,11 +214,9 @@ NO_FMA = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+sse,+sse2,+sse3,+
     ],
     ids=["without-avx", "without-avx-all", "without-avx512", "without-fma"],
 )
-def test_on_a_lesser_machine(
-    features: dict[str, str], width: int, calls: list[tuple[str, str]], tmp_path: Path
-) -> None:
+def test_on_a_lesser_machine(features: dict[str, str], width: int, calls: list[tuple[str, str]], warm: Warm) -> None:
     wanted = {name[1:] for name in features["NUMBA_CPU_FEATURES"].split(",") if name}
     if not wanted <= host_features():
         pytest.skip(f"this machine lacks {', '.join(sorted(wanted - host_features()))}")
-    said = python(ALL_SWEEPS.format(calls=calls), ROOT, tmp_path, **features).stdout.split()
+    said = python(ALL_SWEEPS.format(calls=calls), warm.package, warm.cache, **features).stdout.split()
     assert said == ["bytes", str(width), "right"]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
 
 import rnnkern
 from rnnkern import shortcut
@@ -359,6 +360,33 @@ def test_a_changed_output_is_noticed() -> None:
     y.mul_(2.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("warm", range(4))
+def test_checkpoint_sees_the_same_at_its_second_run(warm: int) -> None:
+    """Whether or not a plan has come between, in a stack of equal layers and in a loop over a cell."""
+    layers = [twins(inputs=7)[0] for _ in range(3)]
+    cell = rnnkern.LSTMCell(7, 7, dtype=torch.float64)
+    x = torch.randn(5, 3, 7, dtype=torch.float64, requires_grad=True)
+
+    def loop(y: Tensor) -> Tensor:
+        state = None
+        for row in y:
+            state = cell(row, state)
+        assert state is not None
+        last: Tensor = state[0]
+        return last
+
+    def gradient(run: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]) -> Tensor:
+        y: Tensor = x
+        for layer in layers:
+            y = run(lambda t, layer=layer: layer(t)[0], y)  # type: ignore[misc]
+        return torch.autograd.grad(run(loop, y).sum(), x)[0]
+
+    for _ in range(warm):
+        layers[0](x)
+    found = gradient(lambda part, t: checkpoint(part, t, use_reentrant=False))
+    assert relative_rms(found, gradient(lambda part, t: part(t))) <= 1e-12
 
 
 def test_dropout_is_drawn_anew() -> None:
