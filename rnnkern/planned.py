@@ -60,7 +60,7 @@ class TrainingCall:
 
 def looks(tensors: Sequence[Tensor]) -> list[object]:
     """What a plan relies on of tensors whose addresses it takes."""
-    return [(t.shape, t.stride(), t.dtype, t.is_cpu) for t in tensors]
+    return [(t.shape, t.stride(), t.dtype, t.is_cpu, t.is_neg()) for t in tensors]
 
 
 class PlannedLayer(torch.autograd.Function):

@@ -122,10 +122,11 @@ class _Grid:
             self.active = exists.index_put(self.at, exists.new_ones(()))
 
     def spread(self, rows: Tensor) -> Tensor:
-        """(N, ...) -> (T, B, ...), zero where no row exists."""
+        """(N, ...) -> (T, B, ...), zero where no row exists; rows behind the last real one are filling."""
         if self.at is None:
             return rows
-        return rows.new_zeros(self.steps, self.batch, *rows.shape[1:]).index_put(self.at, rows)
+        grid = rows.new_zeros(self.steps, self.batch, *rows.shape[1:])
+        return grid.index_put(self.at, rows[: len(self.at[0])])
 
     def collect(self, grid: Tensor) -> Tensor:
         """(T, B, ...) -> (N, ...)."""

@@ -7,23 +7,17 @@ import torch
 from torch import Tensor
 
 from rnnkern.backends import Layer, Needs, Saved, States
-from rnnkern.backends.numba_cpu.ahead import inference_plan, layer_plan
+from rnnkern.backends.numba_cpu.ahead import inference_plan, layer_plan, readable
 from rnnkern.backends.numba_cpu.kernels import KERNELS, pack_for_backward, pack_for_forward
 from rnnkern.backends.numba_cpu.plans import WEIGHTS, BackwardPlan, Cut, ForwardPlan
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """The tensor as kernels read it: the numbers of a row adjacent, none of them to be negated on the way."""
-    tensor = tensor.resolve_neg()
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
-
-
 def _prepared(layer: Layer) -> Layer:
     return layer._replace(
-        x=_readable(layer.x),
-        h0=_readable(layer.h0),
-        c0=None if layer.c0 is None else _readable(layer.c0),
-        weights=tuple(weights.map(_readable) for weights in layer.weights),
+        x=readable(layer.x),
+        h0=readable(layer.h0),
+        c0=None if layer.c0 is None else readable(layer.c0),
+        weights=tuple(weights.map(readable) for weights in layer.weights),
     )
 
 
@@ -91,11 +85,11 @@ def backward(
     layer: Layer, saved: Saved, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, needs: Needs
 ) -> list[Tensor | None]:
     layer = _prepared(layer)
-    y, gates, cells = (None if t is None else _readable(t) for t in saved)
+    y, gates, cells = (None if t is None else readable(t) for t in saved)
     assert y is not None
     saved = Saved(y, gates, cells)
     tensors = _named(layer) | saved._asdict()
-    tensors |= {name: None if g is None else _readable(g) for name, g in (("dy", dy), ("dh_n", dh_n), ("dc_n", dc_n))}
+    tensors |= {name: None if g is None else readable(g) for name, g in (("dy", dy), ("dh_n", dh_n), ("dc_n", dc_n))}
     tensors["dh0"] = torch.empty_like(layer.h0, memory_format=torch.contiguous_format)
     tensors["dc0"] = None if layer.c0 is None else torch.empty_like(layer.c0, memory_format=torch.contiguous_format)
     key = _strides(layer.x, layer.h0, layer.c0, *saved, *(t for w in layer.weights for t in w))

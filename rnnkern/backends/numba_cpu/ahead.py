@@ -20,14 +20,19 @@ MOST_KEPT_BYTES = 65536
 Numbers = dict[str, tuple[int, int]]  # of a tensor: which one of a call it is, and from which byte on
 
 
-def readable(tensor: Tensor) -> bool:
+def is_readable(tensor: Tensor) -> bool:
     """Whether kernels can read the tensor as it is: the numbers of a row adjacent, none of them to be negated."""
     return not tensor.is_neg() and (tensor.stride(-1) == 1 or tensor.shape[-1] <= 1)
 
 
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor as kernels can read it."""
+    return tensor if is_readable(tensor) else tensor.resolve_neg().contiguous()
+
+
 def possible(x: Tensor, tensors: Sequence[Tensor]) -> bool:
     """Whether kernels take the tensors of a call as they are, and have something to do."""
-    return x.dtype == compute_dtype(x.dtype) and x.numel() > 0 and all(map(readable, (x, *tensors)))
+    return x.dtype == compute_dtype(x.dtype) and x.numel() > 0 and all(map(is_readable, (x, *tensors)))
 
 
 def number(plan: ForwardPlan | BackwardPlan, numbers: Numbers) -> None:
@@ -228,7 +233,7 @@ class LayerPlan(_Ahead):
     ) -> list[Tensor | None]:
         """The gradients of `tensors` that are needed."""
         x, weights = tensors[0], tensors[1 + self.states :]
-        given = [None if g is None else g if readable(g) else g.contiguous() for g in self.of_results(grads)]
+        given = [None if g is None else readable(g) for g in self.of_results(grads)]
         key = (tuple(needs), *[None if g is None else g.stride() for g in given])
         if key not in self.backwards:
             self.backwards[key] = self._backward_plan(x, given, needs)
