@@ -44,7 +44,9 @@ def _layer(cell: str, backend: str, batch_major: bool, x: Tensor, *rest: Any) ->
 
 def _fill_up(rows: Tensor, count: int) -> Tensor:
     """Saved rows as `count` rows, zero behind: what an operator gives must not depend in shape on the lengths."""
-    return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])]) if rows.dim() > 1 else rows
+    if rows.dim() == 1 or rows.shape[0] == count:
+        return rows
+    return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])])
 
 
 def _layer_backward(cell: str, backend: str, batch_major: bool, x: Tensor, *rest: Any) -> list[Tensor]:

@@ -14,12 +14,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import checks, shortcut
 from rnnkern.autograd import apply_layer
-from rnnkern.backends import BACKENDS
+from rnnkern.backends import backend_names
 from rnnkern.cells import CELLS, CellSpec, Weights, named_weights
 from rnnkern.compat import autocast_dtype
 from rnnkern.layer import Operands, Settings
-
-BACKEND_NAMES = ("auto", *BACKENDS)
 
 LayerWeights = Sequence[Sequence[Tensor]]
 States = tuple[Tensor, ...]
@@ -179,7 +177,7 @@ def _ordinary(
     options: Options,
 ) -> tuple[Any, States]:
     """A call with all its checks."""
-    checks.backend_name(options.backend, BACKEND_NAMES)
+    checks.backend_name(options.backend, backend_names())
     stack = _Stack(
         CELLS[cell],
         who,

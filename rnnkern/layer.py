@@ -46,18 +46,18 @@ class Results(NamedTuple):
     cells: Tensor
 
 
-def prepare(settings: Settings, operands: Operands) -> Layer:
-    """The backend's view of the call, in the dtype to compute in. Differentiable."""
+def prepare(settings: Settings, operands: Operands, as_given: bool = False) -> Layer:
+    """A backend's view of the call (see `Backend.as_given`). Differentiable."""
     directions = operands.h0.shape[0]
     checks.operands(
         CELLS[settings.cell], operands.x, operands.h0, operands.c0, split_directions(operands.weights, directions)
     )
     order, batch_sizes = None, operands.batch_sizes
-    if operands.lengths is not None:
+    if operands.lengths is not None and not as_given:
         order, batch_sizes = sort_lengths(operands.lengths.cpu(), operands.x.shape[0])
     elif batch_sizes is not None:
         checks.batch_sizes(batch_sizes, rows=operands.x.shape[0], batch=operands.h0.shape[1])
-    dtype = compute_dtype(operands.x.dtype)
+    dtype = operands.x.dtype if as_given else compute_dtype(operands.x.dtype)
     return Layer(
         cell=CELLS[settings.cell],
         x=operands.x.to(dtype),
@@ -66,6 +66,7 @@ def prepare(settings: Settings, operands: Operands) -> Layer:
         weights=split_directions([w.to(dtype) for w in operands.weights], directions),
         batch_sizes=batch_sizes,
         order=order,
+        lengths=operands.lengths if as_given else None,
         batch_major=settings.batch_major,
     )
 
@@ -79,15 +80,16 @@ def finish(states: States, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor |
 def forward(settings: Settings, operands: Operands, save: bool) -> Results:
     """Runs one layer; `save` keeps what `backward` needs."""
     backend = select(settings.backend, operands.x.device)
-    layer = prepare(settings, operands)
+    layer = prepare(settings, operands, backend.as_given)
     states = backend.forward(layer, save)
     y, h_n, c_n = finish(states, operands.x.dtype)
+    nothing = y.new_empty(0, dtype=compute_dtype(y.dtype))
     return Results(
         y,
         h_n,
         y.new_empty(0) if c_n is None else c_n,
-        layer.x.new_empty(0) if states.gates is None else states.gates,
-        layer.x.new_empty(0) if states.cells is None else states.cells,
+        nothing if states.gates is None else states.gates,
+        nothing if states.cells is None else states.cells,
     )
 
 
@@ -99,7 +101,7 @@ def backward(
     `grads` are those of y, h_n and c_n, None for zero; at least one is given.
     """
     backend = select(settings.backend, operands.x.device)
-    layer = prepare(settings, operands)
+    layer = prepare(settings, operands, backend.as_given)
     dtype = layer.x.dtype
     kept = Saved(
         saved.y.to(dtype), saved.gates if layer.cell.saved else None, saved.cells if layer.cell.has_c else None

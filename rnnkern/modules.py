@@ -14,9 +14,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import checks, shortcut
 from rnnkern.autograd import apply_layer
+from rnnkern.backends import backend_names
 from rnnkern.cells import CELL_OF_MODE, CELLS, CellSpec, Weights
 from rnnkern.compat import autocast_dtype
-from rnnkern.functional import BACKEND_NAMES, Options, States, one_state, run
+from rnnkern.functional import Options, States, one_state, run
 from rnnkern.layer import Operands, Settings
 
 NO_SCRIPT = (
@@ -40,7 +41,7 @@ class _Shared(torch.nn.Module):
     backend: str
 
     def _set_backend(self, backend: str) -> None:
-        checks.backend_name(backend, BACKEND_NAMES)
+        checks.backend_name(backend, backend_names())
         self.backend = backend
 
     def extra_repr(self) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from rnnkern.backends.cuda import extension
 from rnnkern.cells import CellSpec, Weights
 
 if TYPE_CHECKING:
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a layer of `dtype` is computed and its activations are saved in: operands are converted to it,
-    results back."""
+    """The dtype that a layer of `dtype` is computed in, and its activations are saved in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -49,6 +49,8 @@ class Layer(NamedTuple):
     batch_sizes: Tensor | None
     order: Tensor | None  # (B,) int64 on the CPU: the sequences of a padded call, longest first
     batch_major: bool  # (T, B, ...) results are laid out in memory as (B, T, ...), as the input is
+    # (B,) int64, unchecked: of a padded call, in the place of batch_sizes and order (see `Backend.as_given`)
+    lengths: Tensor | None = None
 
     @property
     def hidden(self) -> int:
@@ -58,19 +60,26 @@ class Layer(NamedTuple):
     def outputs(self) -> int:
         return self.weights[0].weight_hh.shape[1]
 
-    def rows(self, *shape: int) -> Tensor:
+    @property
+    def batch_major_rows(self) -> bool:
+        """Whether `rows` lays buffers out as (B, T, ...)."""
+        return self.batch_major and self.batch_sizes is None and self.lengths is None
+
+    def rows(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A buffer with a row of `shape` for each row of x: (T, B, *shape), or (N, *shape) when packed. Zero where a
         sequence has ended, else uninitialised."""
-        if self.order is not None:
-            return self.x.new_zeros(*self.x.shape[:2], *shape)
-        return empty_rows(self.x, shape, self.batch_major and self.batch_sizes is None)
+        if self.order is not None or self.lengths is not None:
+            return self.x.new_zeros(*self.x.shape[:2], *shape, dtype=dtype)
+        return empty_rows(self.x, shape, self.batch_major_rows, dtype)
 
-    def saved_rows(self, *shape: int) -> Tensor:
-        """An uninitialised buffer with a row of `shape` for each real step: (T, B, *shape), or (N, *shape) where
-        sequences differ in length."""
+    def saved_rows(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised buffer with a row of `shape` for each step that may be real: (T, B, *shape), or
+        (N, *shape) where sequences differ in length, N = T*B where only the device knows how much."""
+        if self.lengths is not None:
+            return self.x.new_empty(self.x.shape[0] * self.x.shape[1], *shape, dtype=dtype)
         if self.order is not None and self.batch_sizes is not None:
-            return self.x.new_empty(int(self.batch_sizes.sum()), *shape)
-        return self.rows(*shape)
+            return self.x.new_empty(int(self.batch_sizes.sum()), *shape, dtype=dtype)
+        return self.rows(*shape, dtype=dtype)
 
 
 class Needs(NamedTuple):
@@ -131,7 +140,11 @@ class LayerPlan(Protocol):
 
 
 class Backend(Protocol):
-    """The functions that each backend module has."""
+    """What each backend module has."""
+
+    # Whether it takes operands in the call's own dtype, and lengths where they are. Others get compute_dtype, and
+    # lengths checked, sorted and counted on the CPU.
+    as_given: bool
 
     def forward(self, layer: Layer, save: bool) -> States:
         """Runs the layer; `save` keeps what backward needs."""
@@ -161,6 +174,7 @@ class Entry(NamedTuple):
     version: Callable[[], str]
     obstacle: Callable[[], str | None]
     devices: tuple[str, ...] | None  # None: every device
+    device_obstacle: Callable[[torch.device], str | None] = lambda device: None  # the same of one device
 
 
 def _numba_version() -> str:
@@ -183,10 +197,20 @@ def _numba_obstacle() -> str | None:
 BACKENDS: dict[str, Entry] = {
     "numba": Entry("rnnkern.backends.numba_cpu", _numba_version, _numba_obstacle, ("cpu",)),
     "cuda": Entry(
-        "rnnkern.backends.cuda", lambda: "none", lambda: "this version of rnnkern has no CUDA kernels yet", ("cuda",)
+        "rnnkern.backends.cuda.backend",
+        extension.version,
+        extension.obstacle,
+        ("cuda",),
+        cache(extension.device_obstacle),
     ),
     "reference": Entry("rnnkern.backends.reference", lambda: f"torch {torch.__version__}", lambda: None, None),
 }
+
+
+def backend_names() -> tuple[str, ...]:
+    """What a `backend` argument may be."""
+    return ("auto", *BACKENDS)
+
 
 # What "auto" takes on each device type, and the fallback elsewhere.
 AUTO = {"cpu": "numba", "cuda": "cuda"}
@@ -198,7 +222,7 @@ def obstacle(name: str, device: torch.device) -> str | None:
     entry = BACKENDS[name]
     if entry.devices is not None and device.type not in entry.devices:
         return f"it runs on {' and '.join(entry.devices)}, not on {device.type}"
-    return entry.obstacle()
+    return entry.obstacle() or entry.device_obstacle(device)
 
 
 @cache

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from rnnkern.reference import backward, forward
 
-__all__ = ["backward", "forward", "inference_plan", "layer_plan"]
+__all__ = ["as_given", "backward", "forward", "inference_plan", "layer_plan"]
+
+as_given = False
 
 
 def inference_plan(form: object, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> None:

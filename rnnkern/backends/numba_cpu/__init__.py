@@ -33,7 +33,9 @@ def _named(layer: Layer) -> dict[str, Tensor | None]:
     return tensors
 
 
-__all__ = ["backward", "forward", "inference_plan", "layer_plan"]
+__all__ = ["as_given", "backward", "forward", "inference_plan", "layer_plan"]
+
+as_given = False
 
 # Plans by what they depend on. Where sequences differ in length, that is all their lengths: such a plan is not kept.
 _plans: dict[Hashable, Any] = {}

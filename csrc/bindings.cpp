@@ -1,0 +1,187 @@
+// The Python module, `_cuda` or in tests `_host`: integers in, a failure turned into an exception. No torch headers:
+// buffers come as addresses.
+#include <cuda_runtime.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "selftest.h"
+#include "sweep.h"
+#ifdef RNNKERN_HOST
+#include "host/emulator.h"
+#endif
+
+namespace py = pybind11;
+
+namespace rnnkern {
+namespace {
+
+using Address = std::uintptr_t;
+using Addresses = std::vector<Address>;      // one for each direction, or none
+using Layout = std::array<std::int64_t, 4>;  // address, step, sequence, direction: the fields of Rows
+
+void* pointer(Address address) {
+    return reinterpret_cast<void*>(address);
+}
+
+Rows rows(const Layout& layout) {
+    return {pointer(static_cast<Address>(layout[0])), layout[1], layout[2], layout[3]};
+}
+
+const int64_t* integers(Address address) {
+    return static_cast<const int64_t*>(pointer(address));
+}
+
+void of_directions(const Addresses& given, const void* (&to)[kMostDirections]) {
+    for (std::size_t d = 0; d < kMostDirections; ++d) to[d] = d < given.size() ? pointer(given[d]) : nullptr;
+}
+
+template <class Sweep>
+using Run = Failure (*)(const Sweep&, Cell, Tile, void*);
+
+const std::map<std::string, std::pair<Run<ForwardSweep>, Run<BackwardSweep>>> kPrecisions = {
+    {"float32", {forward<precision::float32>, backward<precision::float32>}},
+    {"float64", {forward<precision::float64>, backward<precision::float64>}},
+    {"tf32", {forward<precision::tf32>, backward<precision::tf32>}},
+    {"bfloat16", {forward<precision::bfloat16>, backward<precision::bfloat16>}},
+    {"float16", {forward<precision::float16>, backward<precision::float16>}},
+};
+
+const std::map<std::string, Cell> kCells = {
+    {"lstm", Cell::lstm}, {"gru", Cell::gru}, {"rnn_tanh", Cell::rnn_tanh}, {"rnn_relu", Cell::rnn_relu}};
+
+const std::map<std::string, Tile> kTiles = {
+    {"automatic", Tile::automatic}, {"small", Tile::small}, {"large", Tile::large}};
+
+// What every call says beside the sweep itself.
+struct Call {
+    std::string cell, precision, tile;
+    int device;
+    Address stream;
+};
+
+// Makes a device current and puts the one before back.
+class CurrentDevice {
+  public:
+    explicit CurrentDevice(int device) {
+        check(cudaGetDevice(&before_));
+        if (before_ != device) check(cudaSetDevice(device));
+    }
+    ~CurrentDevice() { cudaSetDevice(before_); }
+    CurrentDevice(const CurrentDevice&) = delete;
+    CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+  private:
+    static void check(cudaError_t error) {
+        if (error != cudaSuccess)
+            throw std::runtime_error(std::string("rnnkern: no CUDA device can be used: ") + cudaGetErrorString(error));
+    }
+    int before_ = 0;
+};
+
+template <class Sweep>
+void run(Run<Sweep> function, const Sweep& sweep, const Call& call) {
+    Failure failure = {};
+    std::string reason;
+    {
+        py::gil_scoped_release release;
+        CurrentDevice current(call.device);
+        failure = function(sweep, kCells.at(call.cell), kTiles.at(call.tile), pointer(call.stream));
+        if (failure.error != cudaSuccess) reason = cudaGetErrorString(static_cast<cudaError_t>(failure.error));
+    }
+    if (failure.error == cudaSuccess) return;
+    const Sizes& sizes = sweep.sizes;
+    throw std::runtime_error("rnnkern: kernel " + std::string(failure.kernel) + " (general tier, " + call.cell + ", " +
+                             call.precision + ", " + call.tile + " tile) failed after " +
+                             std::to_string(failure.launch) + " launches at T=" + std::to_string(sizes.steps) +
+                             " B=" + std::to_string(sizes.batch) + " H=" + std::to_string(sizes.hidden) + " P=" +
+                             std::to_string(sizes.outputs) + " D=" + std::to_string(sizes.directions) + ": " + reason);
+}
+
+Sizes sizes_of(const std::array<std::int64_t, 5>& given) {
+    return {given[0], given[1], given[2], given[3], given[4]};
+}
+
+void run_forward(const Call& call, const std::array<std::int64_t, 5>& sizes, Address lengths, Address order,
+                 Address counts, const Layout& gx, const Layout& gates, const Layout& cells, const Layout& y,
+                 const Addresses& weight_hh, const Addresses& weight_hr, const Addresses& bias_ih,
+                 const Addresses& bias_hh, Address h0, Address h_n, Address c, Address unprojected) {
+    ForwardSweep sweep = {};
+    sweep.sizes = sizes_of(sizes);
+    sweep.sequences = {integers(lengths), integers(order), integers(counts)};
+    sweep.gx = rows(gx);
+    sweep.gates = rows(gates);
+    sweep.cells = rows(cells);
+    sweep.y = rows(y);
+    of_directions(weight_hh, sweep.weight_hh);
+    of_directions(weight_hr, sweep.weight_hr);
+    of_directions(bias_ih, sweep.bias_ih);
+    of_directions(bias_hh, sweep.bias_hh);
+    sweep.h0 = pointer(h0);
+    sweep.h_n = pointer(h_n);
+    sweep.c = pointer(c);
+    sweep.unprojected = pointer(unprojected);
+    run(kPrecisions.at(call.precision).first, sweep, call);
+}
+
+void run_backward(const Call& call, const std::array<std::int64_t, 5>& sizes, Address lengths, Address order,
+                  Address counts, const Layout& gates, const Layout& cells, const Layout& y, const Layout& dy,
+                  const Layout& dgx, const Layout& dgh, const Layout& h_prev, const Layout& dh_projected,
+                  const Layout& unprojected, const Addresses& weight_hh_t, const Addresses& weight_hr_t, Address h0,
+                  Address c0, Address dh_n, Address dh0, Address dc, Address direct) {
+    BackwardSweep sweep = {};
+    sweep.sizes = sizes_of(sizes);
+    sweep.sequences = {integers(lengths), integers(order), integers(counts)};
+    sweep.gates = rows(gates);
+    sweep.cells = rows(cells);
+    sweep.y = rows(y);
+    sweep.dy = rows(dy);
+    sweep.dgx = rows(dgx);
+    sweep.dgh = rows(dgh);
+    sweep.h_prev = rows(h_prev);
+    sweep.dh_projected = rows(dh_projected);
+    sweep.unprojected = rows(unprojected);
+    of_directions(weight_hh_t, sweep.weight_hh_t);
+    of_directions(weight_hr_t, sweep.weight_hr_t);
+    sweep.h0 = pointer(h0);
+    sweep.c0 = pointer(c0);
+    sweep.dh_n = pointer(dh_n);
+    sweep.dh0 = pointer(dh0);
+    sweep.dc = pointer(dc);
+    sweep.direct = pointer(direct);
+    run(kPrecisions.at(call.precision).second, sweep, call);
+}
+
+void run_selftest(const std::string& name, Address in, Address out, Address stream) {
+    const cudaError_t error =
+        selftest(name.c_str(), pointer(in), pointer(out), static_cast<cudaStream_t>(pointer(stream)));
+    if (error != cudaSuccess) throw std::runtime_error("rnnkern: self-test " + name + ": " + cudaGetErrorString(error));
+}
+
+}  // namespace
+}  // namespace rnnkern
+
+PYBIND11_MODULE(RNNKERN_MODULE, module) {
+    using namespace pybind11::literals;
+    using namespace rnnkern;
+    module.doc() = "Sweeps of recurrent layers. Buffers come as addresses and layouts: see sweep.h.";
+    py::class_<Call>(module, "Call")
+        .def(py::init<std::string, std::string, std::string, int, Address>(), "cell"_a, "precision"_a, "tile"_a,
+             "device"_a, "stream"_a);
+    module.def("forward", run_forward, "call"_a, py::kw_only(), "sizes"_a, "lengths"_a, "order"_a, "counts"_a, "gx"_a,
+               "gates"_a, "cells"_a, "y"_a, "weight_hh"_a, "weight_hr"_a, "bias_ih"_a, "bias_hh"_a, "h0"_a, "h_n"_a,
+               "c"_a, "unprojected"_a);
+    module.def("backward", run_backward, "call"_a, py::kw_only(), "sizes"_a, "lengths"_a, "order"_a, "counts"_a,
+               "gates"_a, "cells"_a, "y"_a, "dy"_a, "dgx"_a, "dgh"_a, "h_prev"_a, "dh_projected"_a, "unprojected"_a,
+               "weight_hh_t"_a, "weight_hr_t"_a, "h0"_a, "c0"_a, "dh_n"_a, "dh0"_a, "dc"_a, "direct"_a);
+    module.def("selftest", run_selftest, "name"_a, "input"_a, "output"_a, "stream"_a);
+    module.attr("CUDART_VERSION") = CUDART_VERSION;
+#ifdef RNNKERN_HOST
+    module.def("set_schedule", host::set_schedule, "seed"_a);
+#endif
+}

@@ -1,0 +1,68 @@
+// Which rows a launch of a sweep works on.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "sweep.h"
+
+namespace rnnkern {
+
+// One time step as a launch sees it: where its rows start, in steps (padded) or rows (packed), and how many sequences
+// have it, the first ones.
+struct Moment {
+    int64_t index, count;
+};
+
+// The steps that meet in a launch, for each direction: the one before it in the order of the sweep, its own, and the
+// one after it.
+struct Step {
+    Moment before[kMostDirections], now[kMostDirections], after[kMostDirections];
+    bool first;  // of the sweep: no step before it
+};
+
+class Steps {
+  public:
+    Steps(const Sizes& sizes, const Sequences& sequences) : sizes_(sizes), counts_(sequences.counts) {
+        if (counts_ == nullptr) return;
+        starts_.resize(sizes.steps);
+        int64_t rows = 0;
+        for (int64_t t = 0; t < sizes.steps; ++t) {
+            starts_[t] = rows;
+            rows += counts_[t];
+        }
+    }
+
+    // The launch number n of the sweep that begins at the last step if `from_end`; the other direction goes the other
+    // way.
+    Step at(int64_t n, bool from_end) const {
+        Step step{};
+        step.first = n == 0;
+        for (int d = 0; d < kMostDirections; ++d) {
+            const bool falling = from_end != (d == 1);
+            const int64_t t = falling ? sizes_.steps - 1 - n : n, ahead = falling ? -1 : 1;
+            step.before[d] = moment(t - ahead);
+            step.now[d] = moment(t);
+            step.after[d] = moment(t + ahead);
+        }
+        return step;
+    }
+
+    // How many sequences a launch has something to do for.
+    int64_t most(const Step& step) const {
+        int64_t found = 0;
+        for (int d = 0; d < sizes_.directions; ++d) found = std::max({found, step.before[d].count, step.now[d].count});
+        return found;
+    }
+
+  private:
+    Moment moment(int64_t t) const {
+        if (t < 0 || t >= sizes_.steps) return {t, 0};
+        return counts_ == nullptr ? Moment{t, sizes_.batch} : Moment{starts_[t], counts_[t]};
+    }
+
+    Sizes sizes_;
+    const int64_t* counts_;
+    std::vector<int64_t> starts_;
+};
+
+}  // namespace rnnkern
