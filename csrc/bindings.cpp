@@ -44,13 +44,11 @@ void of_directions(const Addresses& given, const void* (&to)[kMostDirections]) {
 template <class Sweep>
 using Run = Failure (*)(const Sweep&, Cell, Tile, void*);
 
+// RNNKERN_PRECISIONS(X), X(float32) X(float64) ..., comes from build.py, which compiles the sweeps for these.
+#define RNNKERN_ROW(name) {#name, {forward<precision::name>, backward<precision::name>}},
 const std::map<std::string, std::pair<Run<ForwardSweep>, Run<BackwardSweep>>> kPrecisions = {
-    {"float32", {forward<precision::float32>, backward<precision::float32>}},
-    {"float64", {forward<precision::float64>, backward<precision::float64>}},
-    {"tf32", {forward<precision::tf32>, backward<precision::tf32>}},
-    {"bfloat16", {forward<precision::bfloat16>, backward<precision::bfloat16>}},
-    {"float16", {forward<precision::float16>, backward<precision::float16>}},
-};
+    RNNKERN_PRECISIONS(RNNKERN_ROW)};
+#undef RNNKERN_ROW
 
 const std::map<std::string, Cell> kCells = {
     {"lstm", Cell::lstm}, {"gru", Cell::gru}, {"rnn_tanh", Cell::rnn_tanh}, {"rnn_relu", Cell::rnn_relu}};

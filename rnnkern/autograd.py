@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnkern import compat, layer, reference
+from rnnkern import backends, checks, compat, layer, reference, torch_kernels
 from rnnkern.backends import Saved, compute_dtype, empty_rows
 from rnnkern.cells import CELLS, split_directions
 from rnnkern.layer import Operands, Results, Settings
@@ -297,6 +297,15 @@ def _differentiable(settings: Settings, operands: Operands) -> tuple[Tensor | No
 
 def apply_layer(settings: Settings, operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y, h_n, c_n) of one layer, differentiable where an operand asks for it; c_n is None for a cell without c."""
+    if backends.torch_serves(settings.backend, operands.x.device):
+        checks.operands(
+            CELLS[settings.cell],
+            operands.x,
+            operands.h0,
+            operands.c0,
+            split_directions(operands.weights, operands.h0.shape[0]),
+        )
+        return torch_kernels.run_layer(settings, operands)
     tensors = _tensors(operands)
     if any(t is not None and compat.has_tangent(t) for t in tensors):
         raise NotImplementedError(

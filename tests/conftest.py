@@ -1,6 +1,7 @@
-"""What every test runs under: a fixed seed and fixed hypothesis examples; and what several files take: buffers that are
-NaN until written, a number of threads."""
+"""What every test runs under: a fixed seed, fixed hypothesis examples, a GPU if it needs one; and what several files
+take: buffers that are NaN until written, a number of threads."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from rnnkern.backends import obstacle
 from rnnkern.backends.numba_cpu import pool
 from tests.numba_support import forget_plans, plan_constants
 
@@ -22,6 +24,27 @@ def same_start() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     forget_plans()
+
+
+@pytest.fixture(autouse=True)
+def float32_is_float32() -> Iterator[None]:
+    """No TF32, which torch's switch for recurrent layers allows by default."""
+    switch: Any = torch.backends.cudnn.rnn
+    before, switch.fp32_precision = switch.fp32_precision, "ieee"
+    yield
+    switch.fp32_precision = before
+
+
+@pytest.fixture(autouse=True)
+def needs_a_gpu(request: pytest.FixtureRequest) -> None:
+    """A test marked gpu is skipped where the kernels cannot run on one, and says why not. Products on it are the same
+    every time, on every stream."""
+    if request.node.get_closest_marker("gpu") is None:
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product; NaN buffers need it too
+    reason = obstacle("cuda", torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(f"no GPU to test on: {reason}")
 
 
 @pytest.fixture

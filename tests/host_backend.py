@@ -1,11 +1,5 @@
-"""What `rnnkern.backends.cuda.backend` is for the GPU."""
+"""The backend that `tests.host.register` registers."""
 
-from rnnkern.backends.cuda.sweeps import SweepBackend
-from tests.host import extension
+from benchmarks.host_backend import backend
 
-backend = SweepBackend(extension())
-as_given = backend.as_given
-forward = backend.forward
-backward = backend.backward
-inference_plan = backend.inference_plan
-layer_plan = backend.layer_plan
+__all__ = ["backend"]

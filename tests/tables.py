@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import rnnkern
 from rnnkern.cells import CELLS
+from tests import host
 
 
 class Tolerance(NamedTuple):
@@ -27,7 +28,9 @@ TOLERANCES = {
     torch.bfloat16: Tolerance(1e-2, 1e-2),
 }
 
-KERNEL_BACKENDS = ("numba", "reference")
+host.register()
+
+KERNEL_BACKENDS = ("numba", "reference", "host")
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
@@ -48,15 +51,19 @@ class Outcome(NamedTuple):
         return dict(self.results), self.gradients
 
 
-def assert_close(actual: Outcome, expected: Outcome, dtype: torch.dtype) -> None:
-    """Every result and gradient within the table's tolerance for `dtype`."""
-    for limit, ours, theirs in zip(TOLERANCES[dtype], actual.parts(), expected.parts(), strict=True):
+def assert_close(actual: Outcome, expected: Outcome, dtype: torch.dtype, rival: Outcome | None = None) -> None:
+    """Every result and gradient within the table's tolerance for `dtype`; away from what the table is for, within three
+    times the error of `rival`, torch.nn's."""
+    others: tuple[dict[str, Tensor | None], ...] = ({}, {}) if rival is None else rival.parts()
+    for most, ours, theirs, other in zip(TOLERANCES[dtype], actual.parts(), expected.parts(), others, strict=True):
         assert ours.keys() == theirs.keys()
         for name, tensor in theirs.items():
             own = ours[name]
             if tensor is None or own is None:
                 assert own is tensor, f"{name}: expected {tensor}, got {own}"
                 continue
+            compared = other.get(name)
+            limit = most if compared is None else max(most, 3 * relative_rms(compared, tensor))
             error = relative_rms(own, tensor)
             assert error <= limit, f"{name}: relative RMS error {error:.2e} over {limit:.0e}"
 
@@ -104,6 +111,7 @@ class Case:
     H: int = 7
     dtype: torch.dtype = torch.float64
     backend: str = "numba"
+    device: str = "cpu"
     layers: int = 1
     bidirectional: bool = False
     batch_first: bool = False
@@ -135,14 +143,14 @@ class Case:
         """torch.nn's module, with weights that the case's dtype can hold."""
         torch.manual_seed(1)
         module = layer_class(nn, self.cell)(self.I, self.H, dtype=self.dtype, **self.options())
-        return module.to(dtype or self.dtype).train(self.training)
+        return module.to(self.device, dtype or self.dtype).train(self.training)
 
     def module(self, dtype: torch.dtype | None = None, backend: str | None = None) -> Any:
         """rnnkern's module, with the same weights."""
         torch.manual_seed(1)
         kind = layer_class(rnnkern, self.cell)
         module = kind(self.I, self.H, dtype=self.dtype, backend=backend or self.backend, **self.options())
-        return module.to(dtype or self.dtype).train(self.training)
+        return module.to(self.device, dtype or self.dtype).train(self.training)
 
     def inputs(self, dtype: torch.dtype | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The input and the initial states, leaves in `dtype`, of values that the case's dtype can hold."""
@@ -150,7 +158,7 @@ class Case:
 
         def draw(*shape: int) -> Tensor:
             values = torch.randn(shape, dtype=torch.float64, generator=generator)
-            return values.to(self.dtype).to(dtype or self.dtype).requires_grad_()
+            return values.to(self.dtype).to(self.device, dtype or self.dtype).requires_grad_()
 
         batch = () if self.rows == "unbatched" else (self.B,)
         leading = (*batch, self.T) if self.batch_first else (self.T, *batch)
@@ -166,7 +174,7 @@ class Case:
         if self.rows in ("padded", "unbatched"):
             output, finals = module(x, hx)
         elif self.rows == "lengths" and is_ours(module):
-            output, finals = module(x, hx, lengths=lengths)
+            output, finals = module(x, hx, lengths=lengths.to(x.device))
         else:
             packed = pack_padded_sequence(x, lengths, self.batch_first, enforce_sorted=self.rows == "sorted")
             output, finals = module(packed, hx)
@@ -177,31 +185,35 @@ class Case:
         return output, dict(zip(("output", "h_n", "c_n"), (rows, *finals), strict=False))
 
     def run(self, module: Any) -> Outcome:
-        """A call and the gradients of all that it returns, against random cotangents."""
+        """A call and the gradients of all that it returns, against random cotangents; on the CPU, wherever it ran."""
         dtype = next(module.parameters()).dtype
         x, states = self.inputs(dtype)
         _, results = self.call(module, x, states)
         generator = torch.Generator().manual_seed(4)
         drawn = [torch.randn(r.shape, dtype=torch.float64, generator=generator) for r in results.values()]
-        cotangents = [t.to(self.dtype).to(dtype) for t in drawn]
+        cotangents = [t.to(self.dtype).to(self.device, dtype) for t in drawn]
         module.zero_grad()
         torch.autograd.backward(list(results.values()), cotangents)
         leaves = {"input": x} | (dict(zip(("h0", "c0"), states, strict=False)) if self.hx else {})
         leaves |= dict(module.named_parameters())
-        return Outcome({n: r.detach() for n, r in results.items()}, {n: leaf.grad for n, leaf in leaves.items()})
+        gradients = {n: None if leaf.grad is None else leaf.grad.cpu() for n, leaf in leaves.items()}
+        return Outcome({n: r.detach().cpu() for n, r in results.items()}, gradients)
 
     def by_torch(self) -> Outcome:
-        """What torch.nn gives in float64 for the weights and inputs of the case."""
-        return self.run(self.torch_module(torch.float64))
+        """What torch.nn gives on the CPU in float64 for the weights and inputs of the case."""
+        there = replace(self, device="cpu")
+        return there.run(there.torch_module(torch.float64))
 
     def by_oracle(self) -> Outcome:
-        """What rnnkern.reference gives in float64 for the weights and inputs of the case."""
-        return self.run(self.module(torch.float64, "reference"))
+        """What rnnkern.reference gives on the CPU in float64 for the weights and inputs of the case."""
+        there = replace(self, device="cpu")
+        return there.run(there.module(torch.float64, "reference"))
 
 
 # Each is a departure from the defaults of `Case`.
 OPTIONS: dict[str, dict[str, Any]] = {
     "reference": {"backend": "reference"},
+    "host": {"backend": "host"},
     "float32": {"dtype": torch.float32},
     "float16": {"dtype": torch.float16},
     "bfloat16": {"dtype": torch.bfloat16},

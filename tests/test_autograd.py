@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rnnkern
 from rnnkern.cells import CELLS
-from tests.tables import cell_class, layer_class, nonlinearity
+from tests.tables import KERNEL_BACKENDS, cell_class, layer_class, nonlinearity
 
 LENGTHS = torch.tensor([2, 4, 1])
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -164,7 +164,7 @@ def test_vmap_over_weights_and_input(cell: str) -> None:
     torch.testing.assert_close(outputs, torch.stack([m(x)[0] for m, x in zip(members, xs, strict=True)]))
 
 
-@pytest.mark.parametrize("backend", ["numba", "reference"])
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_vmap_over_lengths(backend: str) -> None:
     """Each element with lengths of its own, and so with another number of saved rows."""
     module = rnnkern.LSTM(2, 3, bidirectional=True, dtype=torch.float64, backend=backend)
@@ -283,7 +283,7 @@ def test_batched_gradients_say_what_to_use() -> None:
         torch.autograd.functional.jacobian(lambda v: module(v)[0], random(2, 1, 2), vectorize=True)
 
 
-@pytest.mark.parametrize("backend", ["numba", "reference"])
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_backward_inside_autocast(backend: str) -> None:
     module = rnnkern.LSTM(3, 8, backend=backend)
     x = torch.randn(5, 2, 3)

@@ -13,7 +13,15 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnkern
 from rnnkern.cells import CELLS
-from tests.tables import ACCIDENTS, cell_class, layer_class, nonlinearity, outcome, relative_rms
+from tests.tables import (
+    ACCIDENTS,
+    KERNEL_BACKENDS,
+    cell_class,
+    layer_class,
+    nonlinearity,
+    outcome,
+    relative_rms,
+)
 
 T, B, I, H = 5, 4, 3, 6  # noqa: E741
 every_cell = pytest.mark.parametrize("cell", CELLS)
@@ -74,7 +82,7 @@ def check_usable(ours: Any, theirs: Any, shape: tuple[int, ...]) -> None:
 
 @every_cell
 @pytest.mark.parametrize("name", BAD_CALLS)
-@pytest.mark.parametrize("backend", ["numba", "reference"])
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_bad_call(cell: str, name: str, backend: str) -> None:
     ours = layer_class(rnnkern, cell)(I, H, backend=backend, **nonlinearity(cell))
     theirs = layer_class(nn, cell)(I, H, **nonlinearity(cell))
@@ -129,7 +137,7 @@ def test_input_that_is_no_tensor(given: Any) -> None:
 
 
 @every_cell
-@pytest.mark.parametrize("backend", ["numba", "reference"])
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_no_sequence(cell: str, backend: str, batch_first: bool) -> None:
     """B = 0 works, as in torch.nn, forward and backward."""
@@ -326,7 +334,7 @@ def test_only_an_lstm_projects(cell: str) -> None:
         getattr(rnnkern.functional, cell)(torch.randn(5, 3, 3), None, [weights])
 
 
-@pytest.mark.parametrize("backend", ["numba", "reference"])
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_complex_modules_raise(backend: str) -> None:
     module = rnnkern.GRU(3, 4, dtype=torch.complex64, backend=backend)
     with pytest.raises(RuntimeError, match=r"input: expected one of .*got torch.complex64"):

@@ -236,6 +236,30 @@ def _warn_fallback(device_type: str, reason: str) -> None:
     )
 
 
+_CUDA_IS_BUILT = extension.is_built()  # once: traced code must not look for files
+
+
+def torch_serves(name: str, device: torch.device) -> bool:
+    """Whether a layer is left to torch.nn's own kernels: for "auto" on a GPU, where rnnkern's were not compiled. Says
+    so once."""
+    if name != "auto" or device.type != "cuda" or _CUDA_IS_BUILT:
+        return False
+    if not torch.compiler.is_compiling():  # a warning would break the graph
+        _warn_torch_serves()
+    return True
+
+
+@cache
+def _warn_torch_serves() -> None:
+    import warnings
+
+    warnings.warn(
+        f"rnnkern: backend='auto' takes torch.nn's own kernels on cuda: {extension.obstacle()}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
 @cache
 def _load(name: str) -> Backend:
     module: Backend = import_module(BACKENDS[name].module)

@@ -9,7 +9,7 @@ sums for the biases.
 The extension is `rnnkern._cuda`, or in tests a build of the same sources that runs on the CPU.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -78,14 +78,14 @@ class _Sequences(NamedTuple):
         return {name: 0 if t is None else t.data_ptr() for name, t in self._asdict().items()}
 
 
-def _sequences(layer: Layer) -> tuple[Layer, _Sequences]:
-    """Those of the layer. Lengths on a device never come to the host: a sequence whose length is outside 1..T starts
-    from NaN, and so its outputs and states are NaN."""
+def _sequences(layer: Layer, in_sight: Callable[[Tensor], bool]) -> tuple[Layer, _Sequences]:
+    """Those of the layer. Lengths that are not in sight never come to the host: a sequence whose length is outside 1..T
+    starts from NaN, and so its outputs and states are NaN."""
     if layer.lengths is None:
         counts = None if layer.batch_sizes is None else layer.batch_sizes.contiguous()
         return layer, _Sequences(None, None, counts)
     steps, lengths = layer.x.shape[0], layer.lengths
-    if lengths.device.type == "cpu":
+    if in_sight(lengths):
         checks.length_values(lengths, steps)
         lengths = lengths.to(layer.x.device, non_blocking=True).contiguous()
     else:
@@ -138,6 +138,7 @@ class SweepBackend:
     def __init__(self, extension: ModuleType) -> None:
         self.extension = extension
         self.tile = "automatic"  # or small, large: for tests
+        self.in_sight: Callable[[Tensor], bool] = lambda lengths: lengths.device.type == "cpu"
 
     def inference_plan(self, form: object, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
         """There is none: every call is laid out anew."""
@@ -150,7 +151,7 @@ class SweepBackend:
         return self.extension.Call(layer.cell.name, precision(layer.x.dtype), self.tile, device.index or 0, stream)
 
     def forward(self, layer: Layer, save: bool) -> States:
-        layer, sequences = _sequences(_prepared(layer))
+        layer, sequences = _sequences(_prepared(layer), self.in_sight)
         cell, directions, dtype = layer.cell, len(layer.weights), compute_dtype(layer.x.dtype)
         keep = save and bool(cell.saved)
         gates = layer.saved_rows(directions, len(cell.saved) * layer.hidden, dtype=dtype) if keep else None
@@ -186,7 +187,7 @@ class SweepBackend:
     def backward(
         self, layer: Layer, saved: Saved, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, needs: Needs
     ) -> list[Tensor | None]:
-        layer, sequences = _sequences(_prepared(layer))
+        layer, sequences = _sequences(_prepared(layer), self.in_sight)
         given = None if dy is None else _readable(dy)
         rows = self._sweep_backward(layer, sequences, saved, given, dh_n, dc_n)
         with _same_precision_in_products(layer.x):

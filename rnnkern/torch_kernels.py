@@ -1,0 +1,46 @@
+"""A layer by torch.nn's own kernels: what backend="auto" takes on a GPU where rnnkern's were not compiled."""
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from rnnkern.layer import Operands, Settings
+
+
+def run_layer(settings: Settings, operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y, h_n, c_n) of one layer, as `rnnkern.autograd.apply_layer` gives them."""
+    if operands.lengths is None:
+        return _run(settings.cell, operands)
+    steps = operands.x.shape[0]
+    packed = pack_padded_sequence(operands.x, operands.lengths.cpu(), enforce_sorted=False)
+    given, place = packed.sorted_indices, packed.unsorted_indices
+    assert given is not None
+    assert place is not None
+    y, h_n, c_n = _run(
+        settings.cell,
+        operands._replace(
+            x=packed.data,
+            h0=operands.h0.index_select(1, given),
+            c0=None if operands.c0 is None else operands.c0.index_select(1, given),
+            lengths=None,
+            batch_sizes=packed.batch_sizes,
+        ),
+    )
+    padded, _ = pad_packed_sequence(PackedSequence(y, packed.batch_sizes, given, place), total_length=steps)
+    return padded, h_n.index_select(1, place), None if c_n is None else c_n.index_select(1, place)
+
+
+def _run(cell: str, operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A padded or packed layer. torch's functions are called as our cells are."""
+    run = getattr(torch, cell)
+    directions = operands.h0.shape[0]
+    states = operands.h0 if operands.c0 is None else (operands.h0, operands.c0)
+    has_biases = len(operands.weights) // directions > 3  # beside W_ih, W_hh and perhaps W_hr
+    # "train" keeps what backward needs; there is no dropout in a layer
+    options = {"num_layers": 1, "dropout": 0.0, "train": torch.is_grad_enabled(), "bidirectional": directions == 2}
+    if operands.batch_sizes is None:
+        found = run(operands.x, states, operands.weights, has_biases, **options, batch_first=False)
+    else:
+        found = run(operands.x, operands.batch_sizes, states, operands.weights, has_biases, **options)
+    y, h_n, *rest = found
+    return y, h_n, rest[0] if rest else None

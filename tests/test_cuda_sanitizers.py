@@ -1,0 +1,139 @@
+"""The CUDA sweeps on the CPU under sanitizers: no access outside of buffers and shared memory, and none that no barrier
+orders. And defects put into a copy of the sources: each is caught by the check that is there for it."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from shutil import copytree
+from typing import NamedTuple
+
+import pytest
+
+from tests.host import BUILD, ROOT, builder
+
+LIBRARIES = {"address": "libasan.so", "thread": "libtsan.so"}
+REPORTS = {"address": "AddressSanitizer|runtime error", "thread": "ThreadSanitizer: (data race|SEGV)"}
+
+
+def library(name: str) -> str:
+    """A sanitizer's run-time library, which has to be in the process before Python."""
+    return subprocess.run(
+        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def run(module: Path, sanitizer: str | None, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if sanitizer is not None:
+        environment["LD_PRELOAD"] = library(LIBRARIES[sanitizer])
+        environment["ASAN_OPTIONS"] = "detect_leaks=0"  # Python's own
+        environment["TSAN_OPTIONS"] = "halt_on_error=1"
+    command = [sys.executable, "-m", "tests.cuda_run", str(module), *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=3000)
+
+
+@pytest.mark.parametrize("sanitizer", LIBRARIES)
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["pairs", "product"])
+def test_nothing_is_found(sanitizer: str, full: bool) -> None:
+    """Options by themselves and in pairs, each in one dtype, tile and schedule; or the whole product."""
+    module = builder().build_host(BUILD, sanitizer)
+    arguments = ("--most", "2", "--schedules", "0", "1", "2", *(["--full"] if full else []))
+    done = run(module, sanitizer, *arguments)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert ", 0 wrong results" in done.stdout
+
+
+class Defect(NamedTuple):
+    """Text of a source replaced by another, and the check that has to notice."""
+
+    file: str
+    old: str
+    new: str
+    check: str  # "results", or a sanitizer
+    arguments: Sequence[str] = ()
+
+
+LATE = ("--schedules", "1")  # copies land when they are waited for
+DEFECTS = {
+    "no barrier before a chunk is read": Defect(
+        "product.cuh", "__syncthreads();  // the chunk is there", "// the chunk is there", "thread"
+    ),
+    "no barrier behind the table of rows": Defect(
+        "product.cuh", "        __syncthreads();\n        const int64_t count", "        const int64_t count", "thread"
+    ),
+    "one stage too few": Defect("product.cuh", "chunk % kStages", "chunk % (kStages - 1)", "thread"),
+    "no wait for copies": Defect("product.cuh", "copy_async_wait<kStages - 2>();", "", "results", LATE),
+    "a wait that leaves one group too many": Defect(
+        "product.cuh", "copy_async_wait<kStages - 2>", "copy_async_wait<kStages - 1>", "results", LATE
+    ),
+    "shared memory too small": Defect("product.cuh", "kTableBytes + kStages *", "kStages *", "address"),
+    "no leave for much shared memory": Defect(
+        "launch.cuh", "MaxDynamicSharedMemorySize, shared_bytes", "MaxDynamicSharedMemorySize, 0", "results"
+    ),
+    "vectors where numbers are not aligned": Defect(
+        "launch.cuh", "depth * size % kVectorBytes == 0;", "true;", "results"
+    ),
+    "rows read past their end": Defect("product.cuh", "row != nullptr && k + v < depth", "row != nullptr", "address"),
+    "two gates swapped": Defect("cells.cuh", "saved[0] = i;", "saved[0] = f;", "results"),
+    "the reset gate before the product": Defect("cells.cuh", "gx[2] + r * gh[2]", "r * (gx[2] + gh[2])", "results"),
+    "a sign": Defect("cells.cuh", "met.h_prev - n)", "n - met.h_prev)", "results"),
+    "h0 for every sequence": Defect("backward.cu", "begins = !place.has(after, position)", "begins = true", "results"),
+    "sequences that have ended": Defect(
+        "launch.cuh", "moment.index < sequences.lengths[sequence(position)]", "true", "results"
+    ),
+    "sequences in no order": Defect(
+        "launch.cuh", "position : sequences.order[position]", "position : position", "results"
+    ),
+    "what goes past W_hh": Defect("backward.cu", "return sweep.direct == nullptr", "return true", "results"),
+}
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for a copy of the sources and its builds."""
+    return tmp_path_factory.mktemp("csrc")
+
+
+def build(workshop: Path, sanitizer: str | None, defect: Defect | None) -> Path:
+    """The sweeps in float32, with a defect. ninja compiles again what the defect, or its end, touches."""
+    source = workshop / "csrc"
+    copied = copytree(ROOT / "csrc", workshop / "new", dirs_exist_ok=True)
+    if defect is not None:
+        text = (copied / defect.file).read_text()
+        assert text.count(defect.old) == 1, f"{defect.file} has {text.count(defect.old)} of {defect.old!r}"
+        (copied / defect.file).write_text(text.replace(defect.old, defect.new))
+    for path in copied.rglob("*"):
+        place = source / path.relative_to(copied)
+        if path.is_file() and not (place.is_file() and place.read_bytes() == path.read_bytes()):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(path.read_bytes())
+    module: Path = builder().build_host(workshop / "build", sanitizer, source, ["float32"])
+    return module
+
+
+ARGUMENTS = ("--dtypes", "float32", "--full")
+
+
+# One of each kind in every run of the tests; all of them take minutes.
+ALWAYS = ("no barrier before a chunk is read", "shared memory too small", "no wait for copies", "two gates swapped")
+CHOSEN = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in DEFECTS]
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_a_defect_is_caught(name: str, workshop: Path) -> None:
+    defect = DEFECTS[name]
+    sanitizer = defect.check if defect.check in LIBRARIES else None
+    done = run(build(workshop, sanitizer, defect), sanitizer, *ARGUMENTS, *defect.arguments)
+    assert done.returncode != 0, "nothing was noticed"
+    if sanitizer is None:
+        assert "WRONG" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    else:
+        assert re.search(REPORTS[sanitizer], done.stderr), done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_without_a_defect_nothing_is_caught(workshop: Path) -> None:
+    done = run(build(workshop, None, None), None, *ARGUMENTS, "--schedules", "0", "1", "2")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
