@@ -3,16 +3,23 @@
 `python -m benchmarks` measures and says which goals are missed, `python -m benchmarks.scaling` measures how packed
 training grows with T, `python -m benchmarks.report` draws the pictures. docs/performance.md has the method.
 
-shapes.py      the registry: what is measured, by name and family; and shapes that a user spells
+platforms.py   what it runs on (`--device`): the CPU, a GPU, or the host, where the GPU's kernels run on the CPU
+shapes.py      the registry of the CPU: what is measured, by name and family; and shapes that a user spells
+gpu_shapes.py  the registry of the GPU, and the same cut down for the host
+precisions.py  the arithmetic of a row: dtype, TF32, how far two implementations may differ
 rivals.py      how each implementation is built and called, and the check that they agree before any is timed
 onnx_rival.py  the same layer as an ONNX model for onnxruntime
 measure.py     one row of the table, of times or of memory
 timing.py      all implementations in turn in one process, and the statistics of what came
 memory.py      peak memory of a training step, each in a process of its own
 scaling.py     the time of packed training over T
-machine.py     the CPU, the versions, and the ceiling of one core
+machine.py     the CPU, the GPU, the versions, and the ceiling of one core
+floors.py      what a call cannot be quicker than on a GPU, and the ceilings that this follows from
+cudnn.py       which algorithm cuDNN runs in torch.nn's layers
+host.py        the device host: builds the GPU's kernels for the CPU; host_backend.py is the backend
 results.py     a line of the CSV, reading and writing it, ratios and means
-tables.py      markdown tables of them
+screen.py      a row as it stands on the screen
+tables.py      markdown tables of them; gpu_tables.py those of a GPU
 goals.py       what falls short of a goal, for the command and the report
 report.py      the picture, and all of it into a document
 """

@@ -46,7 +46,7 @@ def time_goals(mode: str, members: Members) -> Iterator[str]:
         }
         yield listed(f"torch.nn above {NEAR_CEILING:.0%} of the ceiling, where parity is enough", ratios)
     large = {name: row[RNNKERN].share for name, row in members.items() if is_large(row)}
-    if large:
+    if large and mode in LEAST_SHARE:
         least = LEAST_SHARE[mode]
         yield listed(
             f"under {least:.0%} of the ceiling",
@@ -71,9 +71,9 @@ def is_slow(rival: str, row: Row) -> bool:
 
 
 def is_large(row: Row) -> bool:
-    """Whether the goal for the share of the ceiling holds for the shape."""
+    """Whether the goal for the share of the ceiling holds for the shape: it is one for CPUs."""
     ours = row[RNNKERN]
-    return ours.B >= LEAST_B and ours.H >= LEAST_H and ours.T > 1 and STEPWISE not in ours.options
+    return ours.threads > 0 and ours.B >= LEAST_B and ours.H >= LEAST_H and ours.T > 1 and STEPWISE not in ours.options
 
 
 def listed(what: str, figures: Mapping[str, str]) -> str:

@@ -36,6 +36,37 @@ class Machine:
     onnxruntime: str
     commit: str
 
+    @property
+    def computer(self) -> str:
+        """What computes."""
+        return self.cpu
+
+    @property
+    def title(self) -> str:
+        """What computes, and how much of it there is."""
+        return f"{self.cpu}, {self.cores} cores"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuMachine(Machine):
+    """The same with a GPU, on which all is computed."""
+
+    gpu: str
+    capability: str  # "9.0"
+    processors: int  # multiprocessors
+    cuda: str  # torch's, as cudnn is
+    cudnn: int  # 91300 is 9.13.0
+
+    @property
+    def computer(self) -> str:
+        """What computes."""
+        return self.gpu
+
+    @property
+    def title(self) -> str:
+        """What computes: there is one of it."""
+        return self.gpu
+
 
 def describe() -> Machine:
     """This machine and what is installed on it."""
@@ -52,7 +83,7 @@ def describe() -> Machine:
 
 def slug(machine: Machine) -> str:
     """The name of the machine's CSV: `amd-epyc-25-17-2-cores`."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{machine.cpu} {machine.cores} cores".lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", machine.title.lower()).strip("-")
 
 
 def cpu_name() -> str:

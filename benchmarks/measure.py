@@ -1,6 +1,5 @@
 """One row of the table: the implementations checked against each other and timed in turn, or their peak memory."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -8,42 +7,44 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, memory, timing
-from benchmarks.results import AGAIN, MEMORY, ONNX, RNNKERN, TORCH, Record, Row
-from benchmarks.rivals import TOLERANCE, Problem, Rival, check, make_problem, rnnkern_rival, torch_rival
+from benchmarks import machine, timing
+from benchmarks.platforms import OnCpu
+from benchmarks.precisions import PRECISIONS
+from benchmarks.results import MEMORY, ONNX, RNNKERN, TORCH, Row
+from benchmarks.rivals import Problem, Rival, check, make_problem, rnnkern_rival, torch_rival
 from benchmarks.shapes import Shape
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
+Figures = dict[str, dict[str, Any]]  # columns of records by implementation
+
+UNCHECKED = "not checked against torch.nn"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What holds for every row of one run."""
+    """What holds for every row of one run in one precision."""
 
+    platform: OnCpu
     machine: machine.Machine
-    dtype: str
+    dtype: str  # a key of PRECISIONS
     backend: str
     budget: float
-    ceiling: float  # GF/s of one core
+    ceilings: dict[str, float]  # columns of a record
     implementations: tuple[str, ...]
 
 
-def start(dtype: str, backend: str, budget: float) -> Run:
-    """A run on this machine against all that is installed; measures the ceiling."""
-    here = machine.describe()
-    onnx = here.onnxruntime and machine.installed("onnx") and dtype == "float32"
-    rivals = (TORCH, AGAIN, RNNKERN, ONNX) if onnx else (TORCH, AGAIN, RNNKERN)
-    return Run(here, dtype, backend, budget, machine.ceiling(DTYPES[dtype]), rivals)
+def start(platform: OnCpu, dtype: str, backend: str, budget: float) -> Run:
+    """A run on this machine against all that is installed; measures the ceilings."""
+    here = platform.describe()
+    return Run(platform, here, dtype, backend, budget, platform.ceilings(dtype), platform.implementations(here, dtype))
 
 
 def heading(run: Run) -> str:
     """What the run measures, on what."""
     here = run.machine
     return (
-        f"{here.cpu}, {here.cores} cores; "
-        f"torch {here.torch}, numba {here.numba}, rnnkern {here.rnnkern} at {here.commit or 'no commit'}\n"
-        f"{run.dtype}, backend {run.backend}; the ceiling of one core is {run.ceiling:.1f} GF/s, "
-        f"the load average was {os.getloadavg()[0]:.1f} at the start"
+        f"{here.title}; torch {here.torch}, numba {here.numba}, "
+        f"rnnkern {here.rnnkern} at {here.commit or 'no commit'}\n"
+        f"{run.dtype}, backend {run.backend}; {run.platform.heading(run.ceilings)}"
     )
 
 
@@ -63,19 +64,23 @@ def measure(run: Run, cell: str, mode: str, shape: Shape, threads: int) -> Row:
 
 def times(run: Run, cell: str, mode: str, shape: Shape, threads: int) -> Row:
     """Checks that the run's implementations agree with torch.nn, if it is among them, and times them in turn."""
-    torch.set_num_threads(threads)
-    problem = make_problem(cell, shape, DTYPES[run.dtype])
     names = [name for name in run.implementations if name != ONNX or (mode == "forward" and not shape.stepwise)]
-    rivals = {name: make_rival(name, run, problem, mode, threads) for name in names}
-    with torch.inference_mode(mode == "forward"):
-        if TORCH in rivals:
-            check(rivals, DTYPES[run.dtype])
-        samples = timing.interleave(rivals, run.budget)
-    figures: dict[str, dict[str, Any]] = {}
+    figures: Figures = {name: {} for name in names}
+    with run.platform.computing(run.dtype, threads):
+        try:
+            problem = make_problem(cell, shape, PRECISIONS[run.dtype].dtype, run.platform.device)
+        except RuntimeError as error:
+            excused = {name: {"status": run.platform.excuse(name, error)} for name in names}
+            return make_row(run, cell, mode, shape, threads, excused)
+        for name in names:
+            figures[name] |= run.platform.columns(name, problem, mode, run.ceilings)
+        rivals = agreeing(run, problem, mode, threads, figures)
+        with torch.inference_mode(mode == "forward"):
+            samples = in_turn(run, rivals, figures)
     for name, rounds in samples.items():
         quantiles = {f"ms_q{q}": seconds * 1e3 for q, seconds in timing.quantiles(rounds).items()}
         median = quantiles["ms_median"] = quantiles.pop("ms_q50")
-        figures[name] = quantiles | {
+        figures[name] |= quantiles | {
             "rounds": len(rounds), "calls": sum(map(len, rounds)), "gflops": problem.flops(mode) / median / 1e6
         }  # fmt: skip
         if TORCH in samples:
@@ -83,23 +88,62 @@ def times(run: Run, cell: str, mode: str, shape: Shape, threads: int) -> Row:
     return make_row(run, cell, mode, shape, threads, figures)
 
 
+def agreeing(run: Run, problem: Problem, mode: str, threads: int, figures: Figures) -> dict[str, Rival]:
+    """The implementations that run, one after the other, so that none takes another's memory; `figures` says of the
+    others why they don't. Raises Disagreement if a result is not torch.nn's."""
+    rivals: dict[str, Rival] = {}
+    expected = None
+    for name in figures:
+        try:
+            rival = make_rival(name, run, problem, mode, threads)
+            with torch.inference_mode(mode == "forward"):
+                found = rival.results()
+        except RuntimeError as error:
+            figures[name]["status"] = run.platform.excuse(name, error)
+        else:
+            rivals[name] = rival
+            expected = found if name == TORCH else expected
+            if expected is not None:
+                check(name, expected, found, PRECISIONS[run.dtype].tolerance)
+            elif TORCH in figures:
+                figures[name]["status"] = UNCHECKED
+        if name not in rivals:
+            run.platform.tidy()  # here the error is gone, and what its traceback held
+    return rivals
+
+
+def in_turn(run: Run, rivals: Mapping[str, Rival], figures: Figures) -> dict[str, list[list[float]]]:
+    """The seconds of each; none if they have no room together, which `figures` then says."""
+    try:
+        return timing.interleave(rivals, run.budget, run.platform.watch) if rivals else {}
+    except RuntimeError as error:
+        status = f"{run.platform.excuse(RNNKERN, error)} together"
+    for name in rivals:
+        figures[name]["status"] = status
+    run.platform.tidy()
+    return {}
+
+
 def peaks(run: Run, cell: str, shape: Shape, threads: int) -> Row:
     """Peak memory of a training step of torch.nn and rnnkern."""
-    figures = {
-        name: {"memory_mb": memory.measure(name, cell, shape, run.dtype, threads, run.backend)}
-        for name in (TORCH, RNNKERN)
-    }
+    figures: Figures = {}
+    for name in (TORCH, RNNKERN):
+        try:
+            peak = run.platform.peak(name, cell, shape, run.dtype, threads, run.backend)
+            figures[name] = {"memory_mb": peak}
+        except RuntimeError as error:
+            figures[name] = {"status": run.platform.excuse(name, error)}
+        run.platform.tidy()
     return make_row(run, cell, MEMORY, shape, threads, figures)
 
 
-def make_row(
-    run: Run, cell: str, mode: str, shape: Shape, threads: int, figures: Mapping[str, Mapping[str, Any]]
-) -> Row:
-    """Records of what was measured, `figures` by implementation and column, with all that tells where it belongs."""
+def make_row(run: Run, cell: str, mode: str, shape: Shape, threads: int, figures: Figures) -> Row:
+    """Records of what was measured, with all that tells where it belongs."""
     common: dict[str, Any] = asdict(run.machine) | {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "dtype": run.dtype, "backend": run.backend, "threads": threads, "cell": cell, "mode": mode,
         "family": shape.family, "shape": shape.name, "T": shape.T, "B": shape.B, "I": shape.I, "H": shape.H,
-        "options": shape.options(), "real_steps": int(shape.lengths().sum()), "ceiling_gflops": run.ceiling,
-    }  # fmt: skip
-    return {name: Record(**common, implementation=name, **measured) for name, measured in figures.items()}
+        "options": shape.options(), "real_steps": int(shape.lengths().sum()),
+    } | run.ceilings  # fmt: skip
+    record = run.platform.record
+    return {name: record(**common, implementation=name, **measured) for name, measured in figures.items()}

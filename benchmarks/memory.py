@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import ROOT
+from benchmarks.precisions import ON_CPU
 from benchmarks.results import RNNKERN, TORCH
-from benchmarks.rivals import CELLS, TOLERANCE, Rival, make_problem, rnnkern_rival, torch_rival
+from benchmarks.rivals import CELLS, CPU, Rival, make_problem, rnnkern_rival, torch_rival
 from benchmarks.shapes import Shape, named
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -40,20 +41,31 @@ def resident(field: str) -> float:
     return int(line.split()[1]) * 1024 / 1e6
 
 
-def peak_growth(implementation: str, cell: str, shape: Shape, dtype: torch.dtype, backend: str) -> float:
-    """MB, measured in this process: call it once in a fresh one."""
+def warm_step(
+    implementation: str, cell: str, shape: Shape, dtype: torch.dtype, backend: str, device: torch.device = CPU
+) -> Rival:
+    """A training step that has not run, where a short one has."""
 
     def rival(of: Shape) -> Rival:
-        problem = make_problem(cell, of, dtype)
+        problem = make_problem(cell, of, dtype, device)
         return torch_rival(problem, "train") if implementation == TORCH else rnnkern_rival(problem, "train", backend)
 
     rival(ShortShape(**vars(replace(shape, T=min(shape.T, 2)))))()
-    step = rival(shape)
+    return rival(shape)
+
+
+def resident_growth(step: Rival) -> float:
+    """MB by which resident memory rises during the step."""
     gc.collect()
     CLEAR.write_text("5")  # resets VmHWM
     before = resident("VmRSS")
     step()
     return resident("VmHWM") - before
+
+
+def peak_growth(implementation: str, cell: str, shape: Shape, dtype: torch.dtype, backend: str) -> float:
+    """MB, measured in this process: call it once in a fresh one."""
+    return resident_growth(warm_step(implementation, cell, shape, dtype, backend))
 
 
 def measure(implementation: str, cell: str, shape: Shape, dtype: str, threads: int, backend: str) -> float:
@@ -76,9 +88,7 @@ def main() -> None:
     parser.add_argument("implementation", choices=(TORCH, RNNKERN))
     parser.add_argument("cell", choices=tuple(CELLS))
     parser.add_argument("shape", help="a name of the registry, or sizes as T28,B64,I28,H128")
-    parser.add_argument(
-        "--dtype", default="float32", choices=[str(dtype).removeprefix("torch.") for dtype in TOLERANCE]
-    )
+    parser.add_argument("--dtype", default="float32", choices=ON_CPU)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--backend", default="auto")
     chosen = parser.parse_args()

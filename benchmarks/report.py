@@ -8,6 +8,7 @@ drawn from its newest measurement.
 """
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,14 +22,25 @@ from matplotlib.patches import Patch
 
 from benchmarks import results, scaling
 from benchmarks.goals import summary
+from benchmarks.gpu_tables import step_tables
 from benchmarks.machine import ROOT
-from benchmarks.results import ONNX, RNNKERN, TORCH, Row, family_means, mean_over, over
+from benchmarks.results import ONNX, RNNKERN, TORCH, GpuRecord, Row, family_means, mean_over, over
 from benchmarks.rivals import CELLS
-from benchmarks.shapes import FAMILIES
-from benchmarks.tables import COLOURS, memory_tables, number, origin, picture_link, shape_tables, thread_count, timed
+from benchmarks.tables import (
+    COLOURS,
+    averaged,
+    memory_tables,
+    number,
+    origin,
+    picture_link,
+    shape_tables,
+    thread_count,
+    timed,
+)
 
 NOISE = "#c8c8c8"
 BAR = 0.27  # height; a shape has a bar for each cell and a gap
+USUAL_BACKENDS = ("auto", "cuda")
 WIDEST = (1 / 16, 64)  # what lies outside is cut; its number still stands at the panel's edge
 
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
@@ -44,7 +56,8 @@ def shape_families(rows: Sequence[Row]) -> dict[str, str]:
 
 def overall(members: dict[str, Row]) -> str:
     """The mean over families against torch.nn."""
-    return number(mean_over(FAMILIES, family_means(TORCH, members.values())))
+    means = family_means(TORCH, members.values())
+    return number(mean_over(averaged(means)["over families"], means))
 
 
 def draw_panel(axes: Axes, panel: dict[str, dict[str, Row]], shapes: dict[str, str]) -> None:
@@ -52,7 +65,7 @@ def draw_panel(axes: Axes, panel: dict[str, dict[str, Row]], shapes: dict[str, s
     for index, shape in enumerate(shapes):
         for offset, cell in enumerate(CELLS):
             row = panel.get(cell, {}).get(shape)
-            if row is None:
+            if row is None or math.isnan(over(TORCH, row)):
                 continue
             y, ratio, noise = index + (offset - 1) * BAR, over(TORCH, row), results.noise(row)
             axes.barh(y, noise - 1 / noise, BAR, left=1 / noise, color=NOISE, zorder=1)
@@ -95,9 +108,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     first.set_yticks(range(len(shapes)), list(shapes), fontsize=8)
     first.set_ylim(len(shapes) - 0.5, -0.5)
     ours = rows[0][RNNKERN]
-    figure.suptitle(
-        f"torch.nn's time / rnnkern's, {ours.dtype}: {ours.cpu}, {ours.cores} cores\n{origin(rows)}", fontsize=8
-    )
+    figure.suptitle(f"torch.nn's time / rnnkern's, {ours.dtype}: {ours.title}\n{origin(rows)}", fontsize=8)
     keys: list[Artist] = [Patch(color=COLOURS[cell], label=f"rnnkern {CELLS[cell]}") for cell in CELLS]
     keys.append(Patch(color=NOISE, label="noise: torch.nn / torch.nn"))
     if any(ONNX in row for row in rows):
@@ -120,13 +131,14 @@ def section(path: Path, folder: Path) -> str:
         groups.setdefault((row[RNNKERN].dtype, row[RNNKERN].backend), []).append(row)
     parts = []
     for (dtype, backend), rows in groups.items():
-        parts += [f"### {rows[0][RNNKERN].cpu}, {dtype}, backend {backend}", origin(rows)]
+        parts += [f"### {rows[0][RNNKERN].computer}, {dtype}, backend {backend}", origin(rows)]
         if timed(rows):
-            marks = [mark for mark, usual in ((dtype, "float32"), (backend, "auto")) if mark != usual]
+            marks = [mark for mark, usual in ((dtype, ("float32",)), (backend, USUAL_BACKENDS)) if mark not in usual]
             drawn = path.with_name("-".join([path.stem, *marks]) + ".png")
             picture(timed(rows), drawn)
             parts.append(picture_link(drawn, folder))
-        parts += [summary(rows), *shape_tables(rows), *memory_tables(rows)]
+        tables = step_tables if isinstance(rows[0][RNNKERN], GpuRecord) else shape_tables
+        parts += [summary(rows), *tables(rows), *memory_tables(rows)]
     return "\n\n".join(parts)
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT, Machine
+from benchmarks.machine import ROOT, GpuMachine, Machine
 from benchmarks.timing import geometric_mean
 
 FOLDER = ROOT / "benchmarks" / "results"
@@ -22,7 +22,7 @@ class Record(Machine):
     date: str  # UTC, the same for all implementations of a row
     dtype: str
     backend: str  # rnnkern's
-    threads: int
+    threads: int  # of the CPU; 0 where a GPU computes
     cell: str
     mode: str
     family: str
@@ -43,13 +43,34 @@ class Record(Machine):
     ms_q90: float = math.nan
     ratio: float = math.nan  # torch's time / this one's, round by round
     gflops: float = math.nan
-    ceiling_gflops: float  # of one core
+    ceiling_gflops: float  # of one core, or of the GPU
     memory_mb: float = math.nan  # peak of a training step
 
     @property
     def share(self) -> float:
         """Of the ceiling of the cores in use: two threads have twice that of one, if there are two cores."""
-        return self.gflops / (self.ceiling_gflops * min(self.threads, self.cores))
+        return self.gflops / (self.ceiling_gflops * min(max(self.threads, 1), self.cores))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuRecord(Record, GpuMachine):
+    """The same on a GPU."""
+
+    ceiling_gbs: float
+    floor_moving_us: float = math.nan  # least microseconds a step by the bytes (floors.py)
+    floor_computing_us: float = math.nan  # and by the operations
+    algorithm: str = ""  # cuDNN's, of torch.nn (cudnn.py)
+    status: str = ""  # why there is no time, or what else is to be known of it
+
+    @property
+    def us_step(self) -> float:
+        """Microseconds a step."""
+        return self.ms_median * 1e3 / self.T
+
+    @property
+    def floor_us(self) -> float:
+        """Microseconds that a step takes at least."""
+        return max(self.floor_moving_us, self.floor_computing_us)
 
 
 # One row of the table: its records by implementation
@@ -62,7 +83,8 @@ _PARSE: dict[Any, Callable[[str], Any]] = {int: int, float: lambda text: float(t
 
 def append(path: Path, row: Row) -> None:
     """Adds the row's records to the CSV, which is made if it is not there."""
-    columns = [field.name for field in fields(Record)]
+    (kind,) = {type(record) for record in row.values()}
+    columns = [field.name for field in fields(kind)]
     new = not path.exists()
     if not new:
         with path.open(newline="") as file:
@@ -91,8 +113,10 @@ def read(path: Path) -> list[Row]:
     """The newest measurement of every row in the file, in the order in which they first appear."""
     rows: dict[tuple[object, ...], dict[str, Record]] = {}
     with path.open(newline="") as file:
-        for line in csv.DictReader(file):
-            record = Record(**{field.name: _PARSE[field.type](line[field.name]) for field in fields(Record)})
+        lines = csv.DictReader(file)
+        kind = GpuRecord if "gpu" in (lines.fieldnames or ()) else Record
+        for line in lines:
+            record = kind(**{field.name: _PARSE[field.type](line[field.name]) for field in fields(kind)})
             row = rows.setdefault((record.dtype, record.backend, *place(record), record.shape), {})
             if any(other.date != record.date for other in row.values()):
                 row.clear()
@@ -120,7 +144,8 @@ def over(rival: str, row: Row) -> float:
 
 def noise(row: Row) -> float:
     """How far two copies of torch.nn came out apart, 1 at best."""
-    return max(row[AGAIN].ratio, 1 / row[AGAIN].ratio)
+    again = row[AGAIN].ratio
+    return max(again, 1 / again)
 
 
 def family_means(rival: str, rows: Iterable[Row]) -> dict[str, float]:

@@ -10,15 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnkern
-from benchmarks.results import TORCH
 from benchmarks.shapes import Shape
+from rnnkern.cells import CELLS as KINDS
 
 # cell -> name of the layer, and with "Cell" behind it of the cell, in torch.nn and in rnnkern
 CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
-MODES = ("forward", "train")
-
-# Largest relative RMS difference between two implementations at default initialisation: a few times what each may err
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 5e-2}
+SPECS = {"lstm": KINDS["lstm"], "gru": KINDS["gru"], "rnn": KINDS["rnn_tanh"]}
+MODES = ("forward", "saving", "train")  # inference; a forward pass that keeps what backward needs; both passes
 
 
 class Rival(Protocol):
@@ -69,15 +67,18 @@ def build(library: Any, cell: str, shape: Shape, dtype: torch.dtype, **options: 
     return module
 
 
-def make_problem(cell: str, shape: Shape, dtype: torch.dtype) -> Problem:
-    """The same numbers at every call."""
-    with torch.random.fork_rng(devices=[]):
+CPU = torch.device("cpu")
+
+
+def make_problem(cell: str, shape: Shape, dtype: torch.dtype, device: torch.device = CPU) -> Problem:
+    """The same numbers at every call, drawn where they are needed."""
+    with torch.random.fork_rng(devices=[] if device == CPU else [torch.cuda.current_device()]):
         torch.manual_seed(0)
-        module = build(nn, cell, shape, dtype)
-        x = torch.randn(shape.T, shape.B, shape.I).to(dtype)
-        dy = torch.randn(shape.T, shape.B, shape.H * (2 if shape.bidirectional else 1)).to(dtype)
+        module = build(nn, cell, shape, dtype).to(device)
+        x = torch.randn(shape.T, shape.B, shape.I, device=device).to(dtype)
+        dy = torch.randn(shape.T, shape.B, shape.H * (2 if shape.bidirectional else 1), device=device).to(dtype)
     lengths = shape.lengths()
-    dy[torch.arange(shape.T)[:, None] >= lengths] = 0
+    dy[(torch.arange(shape.T)[:, None] >= lengths).to(device)] = 0
     return Problem(shape, cell, module, x, dy, lengths)
 
 
@@ -91,16 +92,17 @@ def run_steps(cell: nn.Module, x: Tensor) -> tuple[Tensor, Any]:
 
 
 class ModuleRival:
-    """A module of torch.nn or rnnkern on the problem's input: packed or padded, in inference or in training."""
+    """A module of torch.nn or rnnkern on the problem's input: packed or padded, in any mode."""
 
     def __init__(self, module: nn.Module, problem: Problem, mode: str, *, packed: bool) -> None:
         self.problem, self.mode, self.packed = problem, mode, packed
-        self.module = module.train(mode == "train")
-        packing = problem.pack(problem.x)
-        self.x = (packing.data if packed else problem.x).detach().clone().requires_grad_(mode == "train")
+        self.module = module.train(mode != "forward")
+        packing = problem.pack(problem.x) if packed else None
+        self.x = (packing.data if packing else problem.x).detach().clone().requires_grad_(mode != "forward")
         self.dy = problem.pack(problem.dy).data if packed else problem.dy
-        self.input = packing._replace(data=self.x) if packed else self.x
-        self.options = {"lengths": problem.lengths} if problem.shape.ragged and not packed else {}
+        self.input = packing._replace(data=self.x) if packing else self.x
+        padded = problem.shape.ragged and not packed
+        self.options = {"lengths": problem.lengths.to(self.x.device)} if padded else {}
 
     def forward(self) -> tuple[Tensor, Any]:
         """Output, packed if the input is, and final states."""
@@ -111,7 +113,7 @@ class ModuleRival:
 
     def __call__(self) -> tuple[Tensor, Any]:
         """Output and final states; after it, in training, the gradients lie in `.grad`."""
-        if self.mode == "forward":
+        if self.mode != "train":
             return self.forward()
         self.module.zero_grad()
         self.x.grad = None
@@ -140,41 +142,41 @@ def named_states(states: Any) -> dict[str, Tensor]:
 
 def torch_rival(problem: Problem, mode: str) -> Rival:
     """A copy of torch.nn's module of its own."""
-    return ModuleRival(deepcopy(problem.module), problem, mode, packed=bool(problem.shape.ragged))
+    module = deepcopy(problem.module)
+    if isinstance(module, nn.RNNBase):
+        module.flatten_parameters()  # copies of weights lie apart, and cuDNN would gather them at every call
+    return ModuleRival(module, problem, mode, packed=bool(problem.shape.ragged))
 
 
 def rnnkern_rival(problem: Problem, mode: str, backend: str) -> Rival:
     """rnnkern's module with the same weights."""
-    module = build(rnnkern, problem.cell, problem.shape, problem.x.dtype, backend=backend)
+    module = build(rnnkern, problem.cell, problem.shape, problem.x.dtype, backend=backend).to(problem.x.device)
     module.load_state_dict(problem.module.state_dict())
     return ModuleRival(module, problem, mode, packed=problem.shape.ragged == "packed")
-
-
-def differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
-    """Relative RMS difference by name; NaN where a NaN is."""
-    if expected.keys() != found.keys():
-        raise ValueError(f"results: expected {sorted(expected)}, got {sorted(found)}")
-    return {name: relative_rms(expected[name], found[name]) for name in expected}
 
 
 def relative_rms(expected: Tensor, found: Tensor) -> float:
     """How far `found` is off, over the size of `expected`."""
     if expected.shape != found.shape:
         raise ValueError(f"results: expected a tensor of shape {tuple(expected.shape)}, got {tuple(found.shape)}")
-    norm = expected.double().norm()
-    return float((found.double() - expected.double()).norm() / norm.clamp(min=torch.finfo(torch.float64).tiny))
+
+    def norm(tensor: Tensor) -> float:  # with no copy in float64, for which a GPU may not have the memory
+        return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+
+    return norm(found - expected) / max(norm(expected), torch.finfo(torch.float64).tiny)
 
 
 class Disagreement(Exception):
     """An implementation's result is not torch.nn's."""
 
 
-def check(rivals: Mapping[str, Rival], dtype: torch.dtype) -> None:
-    """Raises Disagreement unless all give torch.nn's results."""
-    expected, limit = rivals[TORCH].results(), TOLERANCE[dtype]
-    for name, rival in rivals.items():
-        for tensor, error in differences(expected, rival.results()).items():
-            if not error <= limit:
-                raise Disagreement(
-                    f"{name}: {tensor} is {error:.1e} from torch.nn's (relative RMS), expected at most {limit:.0e}"
-                )
+def check(name: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], limit: float) -> None:
+    """Raises Disagreement unless what the implementation of that name found is torch.nn's result, NaN nowhere."""
+    if expected.keys() != found.keys():
+        raise ValueError(f"results: expected {sorted(expected)}, got {sorted(found)}")
+    for tensor in expected:
+        error = relative_rms(expected[tensor], found[tensor])
+        if not error <= limit:
+            raise Disagreement(
+                f"{name}: {tensor} is {error:.1e} from torch.nn's (relative RMS), expected at most {limit:.0e}"
+            )

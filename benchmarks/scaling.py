@@ -14,6 +14,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks import machine, measure, results
+from benchmarks.platforms import OnCpu
 from benchmarks.results import RNNKERN, TORCH, Record, Row
 from benchmarks.shapes import Shape
 from benchmarks.tables import COLOURS, NAMES, origin, picture_link, table, thread_count
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=1.0, metavar="SECONDS", help="of timing for a row (default: 1)")
     parser.add_argument("--output", type=Path, default=results.FOLDER, metavar="DIR")
     chosen = parser.parse_args(argv)
-    run = measure.start("float32", "auto", chosen.budget)
+    run = measure.start(OnCpu(), "float32", "auto", chosen.budget)
     path = chosen.output / f"{machine.slug(run.machine)}{SUFFIX}.csv"
     print(measure.heading(run))
     for threads in chosen.threads:

@@ -4,6 +4,7 @@ Odd sizes, single streams and ragged batches are among them. Any other is spelle
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from statistics import NormalDist
@@ -143,11 +144,13 @@ def named(name: str) -> Shape:
     return next((shape for shape in SHAPES if shape.name == name), None) or spelled(name)
 
 
-def select(patterns: list[str]) -> list[Shape]:
+def select(patterns: Sequence[str], registry: Sequence[Shape] = SHAPES) -> list[Shape]:
     """The shapes whose name or family matches one of the patterns (`stream`, `packed-*`), in the registry's order."""
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for shape in SHAPES for name in (shape.name, shape.family)):
+        if not any(fnmatchcase(name, pattern) for shape in registry for name in (shape.name, shape.family)):
             raise ValueError(f"shapes: expected names or families of the registry (see --list), got {pattern!r}")
     return [
-        shape for shape in SHAPES if any(fnmatchcase(name, p) for p in patterns for name in (shape.name, shape.family))
+        shape
+        for shape in registry
+        if any(fnmatchcase(name, p) for p in patterns for name in (shape.name, shape.family))
     ]

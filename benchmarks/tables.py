@@ -5,18 +5,34 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.results import MEMORY, ONNX, RNNKERN, TORCH, Row, by_place, family_means, mean_over, noise, over
+from benchmarks.results import (
+    MEMORY,
+    ONNX,
+    RNNKERN,
+    TORCH,
+    GpuRecord,
+    Row,
+    by_place,
+    family_means,
+    mean_over,
+    noise,
+    over,
+)
 from benchmarks.rivals import CELLS
-from benchmarks.shapes import CUSTOM, FAMILIES
+from benchmarks.shapes import CUSTOM
 
 NAMES = {RNNKERN: "rnnkern", TORCH: "torch.nn", ONNX: "onnxruntime"}
 RIVALS = (TORCH, ONNX)
 COLOURS = dict(zip(CELLS, ("#0072b2", "#e69f00", "#009e73"), strict=True))  # told apart by the colour-blind
-# What has a line in the table of means, and the families that it is the mean of; custom shapes do not count beside them
-AVERAGED = {family: (family,) for family in (*FAMILIES, CUSTOM)} | {
-    "over families": FAMILIES,
-    "packed and lengths": ("packed", "lengths"),
-}
+RAGGED = ("packed", "lengths")  # on a CPU
+
+
+def averaged(families: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """What has a line in the table of means, and the families that it is the mean of; custom shapes do not count beside
+    the others."""
+    registered = tuple(dict.fromkeys(family for family in families if family != CUSTOM))
+    lines = {family: (family,) for family in (*registered, CUSTOM)} | {"over families": registered}
+    return lines | ({"packed and lengths": RAGGED} if "packed" in registered else {})
 
 
 def number(value: float) -> str:
@@ -41,7 +57,9 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def thread_count(threads: int) -> str:
-    """`1 thread`, `2 threads`."""
+    """`1 thread`, `2 threads`; 0 for a GPU."""
+    if threads == 0:
+        return "on the device"
     return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
@@ -57,12 +75,24 @@ def origin(rows: Iterable[Row]) -> str:
     def distinct(values: Iterable[str]) -> str:
         return ", ".join(sorted(set(values)))
 
-    ceilings = sorted({f"{record.ceiling_gflops:.0f}" for record in ours}, key=float)
+    def extent(values: Iterable[float]) -> str:
+        found = sorted({f"{value:.0f}" for value in values}, key=float)
+        return " to ".join(dict.fromkeys((found[0], found[-1])))
+
+    gpu = [record for record in ours if isinstance(record, GpuRecord)]
+    others = f"CUDA {distinct(r.cuda for r in gpu)}; cuDNN {distinct(str(r.cudnn) for r in gpu)}" if gpu else (
+        f"numba {distinct(record.numba for record in ours)}"
+    )  # fmt: skip
+    ceilings = f"{extent(record.ceiling_gflops for record in ours)} GF/s"
     return (
-        f"torch {distinct(record.torch for record in ours)}; numba {distinct(record.numba for record in ours)}; "
+        f"torch {distinct(record.torch for record in ours)}; {others}; "
         f"rnnkern {distinct(f'{record.rnnkern} {record.commit}'.strip() for record in ours)}; "
         f"{distinct(record.date[:10] for record in ours)}; "
-        f"ceiling of one core {' to '.join(dict.fromkeys((ceilings[0], ceilings[-1])))} GF/s"
+        + (
+            f"ceilings {ceilings}, {extent(r.ceiling_gbs for r in gpu)} GB/s"
+            if gpu
+            else f"ceiling of one core {ceilings}"
+        )
     )
 
 
@@ -102,11 +132,11 @@ def family_tables(rows: Iterable[Row]) -> Iterator[str]:
                 continue
             body = [
                 [label, *(number(mean_over(families, found)) for found in means.values())]
-                for label, families in AVERAGED.items()
+                for label, families in averaged(family for found in means.values() for family in found).items()
                 if any(family in found for found in means.values() for family in families)
             ]
             if rival == TORCH:
-                worst = (max(map(noise, places[place].values())) for place in means)
+                worst = (max(filter(math.isfinite, map(noise, places[place].values()))) for place in means)
                 body.append(["A/A, the worst", *map(number, worst)])
             yield (
                 f"{NAMES[rival]}'s time / rnnkern's, geometric means, {thread_count(threads)}\n\n"

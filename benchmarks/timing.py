@@ -10,15 +10,37 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
 
 import numpy as np
+import torch
 
-SETTLE_SECONDS = 0.010  # uncounted calls before a block
-BLOCK_SECONDS = 0.020  # counted calls of a block
-LONG_SECONDS = 0.100  # a call this long settles within itself
-LEAST_ROUNDS = 5
 QUANTILES = (10, 25, 50, 75, 90)
+
+
+def time_call(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = perf_counter()
+    call()
+    return perf_counter() - start
+
+
+def time_on_host(call: Callable[[], object], count: int) -> list[float]:
+    """Seconds of each of so many calls."""
+    return [time_call(call) for _ in range(count)]
+
+
+def time_on_gpu(call: Callable[[], object], count: int) -> list[float]:
+    """Seconds of each of so many calls, between events on the current stream: nothing waits for the GPU until all are
+    queued, so that a call counts with what the GPU takes for it or with what queueing it takes, whichever is longer."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    events[-1].synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
 
 
 @dataclass(frozen=True)
@@ -29,39 +51,49 @@ class Turn:
     counted: int
 
 
-def plan_turn(seconds: float) -> Turn:
-    """For a call that takes `seconds`."""
-    uncounted = 0 if seconds > LONG_SECONDS else max(1, round(SETTLE_SECONDS / seconds))
-    return Turn(uncounted, max(1, round(BLOCK_SECONDS / seconds)))
+@dataclass(frozen=True)
+class Watch:
+    """How calls are timed, and how many."""
+
+    clock: Callable[[Callable[[], object], int], list[float]] = time_on_host
+    settle: float = 0.010  # seconds of uncounted calls before a block
+    block: float = 0.020  # seconds of counted calls of a block
+    long: float = 0.100  # seconds of a call that settles within itself
+    rounds: int = 5  # at least
+
+    def plan_turn(self, seconds: float) -> Turn:
+        """For a call that takes `seconds`."""
+        uncounted = 0 if seconds > self.long else max(1, round(self.settle / seconds))
+        return Turn(uncounted, max(1, round(self.block / seconds)))
+
+    def estimate(self, call: Callable[[], object]) -> float:
+        """Seconds of one call, of the quickest of three unless it is long."""
+        (first,) = self.clock(call, 1)
+        return first if first > self.long else min(first, *self.clock(call, 2))
 
 
-def time_call(call: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    start = perf_counter()
-    call()
-    return perf_counter() - start
+CPU = Watch()
+GPU = Watch(time_on_gpu, settle=0.003, block=0.010, long=0.020)
+GLANCE = Watch(settle=0, block=0, rounds=2)  # to see that it runs
 
 
-def estimate(call: Callable[[], object]) -> float:
-    """Seconds of one call, of the quickest of three unless it is long."""
-    first = time_call(call)
-    return first if first > LONG_SECONDS else min(first, time_call(call), time_call(call))
-
-
-def interleave(calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, list[list[float]]]:
-    """Seconds of every counted call, `[round][call]` by name, from about `budget` seconds of rounds, five at least."""
-    turns = {name: plan_turn(estimate(call)) for name, call in calls.items()}
+def interleave(
+    calls: Mapping[str, Callable[[], object]], budget: float, watch: Watch = CPU
+) -> dict[str, list[list[float]]]:
+    """Seconds of every counted call, `[round][call]` by name, from about `budget` seconds of rounds, no fewer rounds
+    than the watch wants."""
+    turns = {name: watch.plan_turn(watch.estimate(call)) for name, call in calls.items()}
     samples: dict[str, list[list[float]]] = {name: [] for name in calls}
     order = list(calls)
     end = perf_counter() + budget
     gc.collect()
     gc.disable()
     try:
-        while len(samples[order[0]]) < LEAST_ROUNDS or perf_counter() < end:
+        while len(samples[order[0]]) < watch.rounds or perf_counter() < end:
             for name in order:
                 for _ in range(turns[name].uncounted):
                     calls[name]()
-                samples[name].append([time_call(calls[name]) for _ in range(turns[name].counted)])
+                samples[name].append(watch.clock(calls[name], turns[name].counted))
             order.reverse()
     finally:
         gc.enable()

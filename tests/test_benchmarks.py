@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import goals, machine, measure, memory, report, results, rivals, scaling, tables, timing
+from benchmarks.precisions import PRECISIONS
 from benchmarks.shapes import CUSTOM, FAMILIES, SHAPES, STEPWISE, Shape, named, select, spelled
 
 PNG = b"\x89PNG"
@@ -69,13 +70,11 @@ def test_select_takes_names_families_and_patterns() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rnnkern_is_given_the_same_problem(cell: str, mode: str, variant: str) -> None:
     problem = rivals.make_problem(cell, VARIANTS[variant], torch.float64)
-    pair = {
-        results.TORCH: rivals.torch_rival(problem, mode),
-        results.RNNKERN: rivals.rnnkern_rival(problem, mode, "auto"),
-    }
+    pair = rivals.torch_rival(problem, mode), rivals.rnnkern_rival(problem, mode, "auto")
     with torch.inference_mode(mode == "forward"):
-        rivals.check(pair, torch.float64)
-    names = set(pair[results.TORCH].results())
+        expected, found = (rival.results() for rival in pair)
+    rivals.check(results.RNNKERN, expected, found, PRECISIONS["float64"].tolerance)
+    names = set(expected)
     assert {"output", "h_n"} <= names
     assert ("gradient of input" in names) == (mode == "train")
 
@@ -88,10 +87,9 @@ def test_onnx_model_gives_torchs_numbers(cell: str, variant: str) -> None:
     from benchmarks.onnx_rival import OnnxRival
 
     problem = rivals.make_problem(cell, VARIANTS[variant], torch.float32)
-    rivals.check(
-        {results.TORCH: rivals.torch_rival(problem, "forward"), results.ONNX: OnnxRival(problem, threads=1)},
-        torch.float32,
-    )
+    expected = rivals.torch_rival(problem, "forward").results()
+    found = OnnxRival(problem, threads=1).results()
+    rivals.check(results.ONNX, expected, found, PRECISIONS["float32"].tolerance)
 
 
 def test_operations_are_counted_over_real_steps() -> None:
@@ -118,17 +116,17 @@ def test_a_wrong_result_is_named_and_not_timed(
 
 
 def test_rounds_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "estimate", lambda call: 1.0)
+    monkeypatch.setattr(timing.Watch, "estimate", lambda watch, call: 1.0)
     order: list[str] = []
     samples = timing.interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, budget=0)
     assert "".join(order) == "abbaabbaab"
-    assert [len(samples[name]) for name in "ab"] == [timing.LEAST_ROUNDS] * 2
+    assert [len(samples[name]) for name in "ab"] == [timing.CPU.rounds] * 2
 
 
 def test_plan_of_a_turn() -> None:
-    assert timing.plan_turn(1e-3) == timing.Turn(uncounted=10, counted=20)
-    assert timing.plan_turn(0.05) == timing.Turn(uncounted=1, counted=1)
-    assert timing.plan_turn(2.0) == timing.Turn(uncounted=0, counted=1)
+    assert timing.CPU.plan_turn(1e-3) == timing.Turn(uncounted=10, counted=20)
+    assert timing.CPU.plan_turn(0.05) == timing.Turn(uncounted=1, counted=1)
+    assert timing.CPU.plan_turn(2.0) == timing.Turn(uncounted=0, counted=1)
 
 
 def test_statistics() -> None:
