@@ -83,14 +83,12 @@ def forward(settings: Settings, operands: Operands, save: bool) -> Results:
     layer = prepare(settings, operands, backend.as_given)
     states = backend.forward(layer, save)
     y, h_n, c_n = finish(states, operands.x.dtype)
-    nothing = y.new_empty(0, dtype=compute_dtype(y.dtype))
-    return Results(
-        y,
-        h_n,
-        y.new_empty(0) if c_n is None else c_n,
-        nothing if states.gates is None else states.gates,
-        nothing if states.cells is None else states.cells,
+    c_n = y.new_empty(0) if c_n is None else c_n
+    # each empty one its own: outputs of an operator may not share memory
+    gates, cells = (
+        y.new_empty(0, dtype=compute_dtype(y.dtype)) if kept is None else kept for kept in (states.gates, states.cells)
     )
+    return Results(y, h_n, c_n, gates, cells)
 
 
 def backward(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import rnnkern
+from rnnkern.backends.cuda import sweeps
 from rnnkern.cells import CELLS
 from tests import host
 from tests.tables import TOLERANCES, Case, Outcome, Tolerance, assert_close, cases, layer_class, nonlinearity
@@ -245,3 +246,31 @@ def test_a_failed_launch_says_which_and_why() -> None:
     call = extension.Call("gru", "float32", "small", 0, 0)
     with pytest.raises(RuntimeError, match=r"forward_step \(general tier, gru, float32, small tile\) failed after 0"):
         extension.forward(call, sizes=(1, 2**45, 4, 4, 1), counts=counts.data_ptr(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("rnn", "cudnn", "everywhere", "allowed"),
+    [
+        ("ieee", "tf32", "tf32", False),
+        ("tf32", "ieee", "ieee", True),
+        ("none", "tf32", "ieee", True),
+        ("none", "none", "tf32", True),
+        ("none", "none", "none", False),
+    ],
+)
+def test_the_nearest_of_the_switches_counts(
+    rnn: str, cudnn: str, everywhere: str, allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Switch:
+        fp32_precision = everywhere
+
+        class cudnn:
+            fp32_precision = cudnn
+
+            class rnn:
+                fp32_precision = rnn
+
+    monkeypatch.setattr(torch, "backends", Switch)
+    assert sweeps.tf32_allowed() is allowed
+    assert sweeps.precision(torch.float32) == ("tf32" if allowed else "float32")
+    assert sweeps.precision(torch.bfloat16) == "bfloat16"

@@ -57,9 +57,10 @@ def test_compile_without_a_graph_break(cell: str, layout: str, given: dict[str, 
         assert torch.equal(own, other)
 
 
-def test_compile_with_lengths_on_the_reference() -> None:
+@pytest.mark.parametrize("backend", ["reference", "host"])
+def test_compile_with_lengths_on_another_backend(backend: str) -> None:
     """The operator gives more saved rows than there are steps."""
-    module = layer("lstm", backend="reference", bidirectional=True)
+    module = layer("lstm", backend=backend, bidirectional=True)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x = batch(module, 5, 2)
     gradients = [
@@ -140,7 +141,7 @@ def test_export_with_lengths() -> None:
     assert torch.equal(program.module()(x, lengths=lengths)[0], module(x, lengths=lengths)[0])
 
 
-def samples(cell: str) -> Iterator[tuple[Any, ...]]:
+def samples(cell: str, backend: str) -> Iterator[tuple[Any, ...]]:
     """Arguments of rnnkern::layer, but for `save`: plain, bidirectional, lengths, batch-major, packed, projected."""
     spec, hidden = CELLS[cell], 4
     for directions, projection, lengths, batch_major, packed in (
@@ -158,7 +159,7 @@ def samples(cell: str) -> Iterator[tuple[Any, ...]]:
         ]
         yield (
             cell,
-            "auto",
+            backend,
             batch_major,
             torch.randn(7, 2) if packed else x,
             torch.randn(directions, 3, outputs),
@@ -169,9 +170,10 @@ def samples(cell: str) -> Iterator[tuple[Any, ...]]:
         )
 
 
+@pytest.mark.parametrize("backend", ["numba", "host"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_opcheck(cell: str) -> None:
-    for sample in samples(cell):
+def test_opcheck(cell: str, backend: str) -> None:
+    for sample in samples(cell, backend):
         for save in (False, True):
             torch.library.opcheck(torch.ops.rnnkern.layer.default, (*sample, save))
         results = torch.ops.rnnkern.layer(*sample, True)

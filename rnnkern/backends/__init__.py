@@ -73,10 +73,10 @@ class Layer(NamedTuple):
         return empty_rows(self.x, shape, self.batch_major_rows, dtype)
 
     def saved_rows(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised buffer with a row of `shape` for each step that may be real: (T, B, *shape), or
-        (N, *shape) where sequences differ in length, N = T*B where only the device knows how much."""
-        if self.lengths is not None:
-            return self.x.new_empty(self.x.shape[0] * self.x.shape[1], *shape, dtype=dtype)
+        """A buffer with a row of `shape` for each step that may be real: (T, B, *shape), or (N, *shape) where sequences
+        differ in length, N = T*B where only the device knows how much, and then zero. Else uninitialised."""
+        if self.lengths is not None:  # operators give these rows away: they must not differ from run to run
+            return self.x.new_zeros(self.x.shape[0] * self.x.shape[1], *shape, dtype=dtype)
         if self.order is not None and self.batch_sizes is not None:
             return self.x.new_empty(int(self.batch_sizes.sum()), *shape, dtype=dtype)
         return self.rows(*shape, dtype=dtype)
