@@ -1,6 +1,7 @@
 """The CUDA sweeps, their sources run on the CPU (tests/host.py): every kernel, precision and cell, forward and
 backward, through the backend that runs them on a GPU."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -274,3 +275,37 @@ def test_the_nearest_of_the_switches_counts(
     assert sweeps.tf32_allowed() is allowed
     assert sweeps.precision(torch.float32) == ("tf32" if allowed else "float32")
     assert sweeps.precision(torch.bfloat16) == "bfloat16"
+
+
+def test_more_steps_than_a_grid_has_rows() -> None:
+    """Over 65,535."""
+    steps = 66_000
+    module = rnnkern.RNN(1, 1, dtype=torch.float64, backend="host")
+    x = torch.randn(steps, 1, 1, dtype=torch.float64)
+    with torch.no_grad():
+        found, expected = module(x)[0], rnnkern.to_torch(copy.deepcopy(module))(x)[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Rows of gx, y and c that lie more than 2^31 numbers apart, in memory of which little is ever touched."""
+    apart = 2**31 + 8
+    gx, y = torch.empty(apart + 1), torch.empty(apart + 1)
+    gx[0], gx[apart] = 0.5, -0.25
+    weight, h0, h_n = torch.full((1, 1), 2.0), torch.full((1,), 0.1), torch.zeros(1)
+    host.extension().forward(
+        host.extension().Call("rnn_tanh", "float32", "small", 0, 0),
+        sizes=(2, 1, 1, 1, 1),
+        **dict.fromkeys(("lengths", "order", "counts", "c", "unprojected"), 0),
+        gx=(gx.data_ptr(), apart, 1, 1),
+        y=(y.data_ptr(), apart, 1, 1),
+        **dict.fromkeys(("gates", "cells"), (0, 0, 0, 0)),
+        weight_hh=[weight.data_ptr()],
+        **{name: [0] for name in ("weight_hr", "bias_ih", "bias_hh")},
+        h0=h0.data_ptr(),
+        h_n=h_n.data_ptr(),
+    )
+    first = torch.tanh(0.5 + 2 * h0)
+    torch.testing.assert_close(y[:1], first)
+    torch.testing.assert_close(y[apart:], torch.tanh(-0.25 + 2 * first))
+    assert torch.equal(h_n, y[apart:])

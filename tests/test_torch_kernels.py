@@ -16,10 +16,17 @@ CASES = {n: replace(c, backend="auto") for n, c in NAMED.items() if c.backend ==
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every device counts as a GPU for which nothing was compiled; what is warned of is not looked at."""
+def not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rnnkern's own kernels were not compiled."""
+    entry = backends.BACKENDS["cuda"]._replace(obstacle=lambda: "the extension was not built: no nvcc")
+    monkeypatch.setitem(backends.BACKENDS, "cuda", entry)
+    backends._warn_torch_serves.cache_clear()
+
+
+@pytest.fixture
+def as_on_a_gpu(not_built: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every device counts as a GPU; what is warned of is not looked at."""
     serves = backends.torch_serves
-    monkeypatch.setattr(backends, "_CUDA_IS_BUILT", False)
     monkeypatch.setattr(backends, "torch_serves", lambda name, device: serves(name, torch.device("cuda")))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -39,23 +46,32 @@ def test_no_kernel_of_ours_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     case.run(case.module())
 
 
-def test_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_CUDA_IS_BUILT", False)
-    monkeypatch.setattr(backends.extension, "obstacle", lambda: "it was not built: no nvcc")
-    backends._warn_torch_serves.cache_clear()
-    with pytest.warns(RuntimeWarning, match="torch.nn's own kernels on cuda: it was not built: no nvcc"):
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("rows", ["padded", "lengths"])
+def test_under_the_compiler(rows: str) -> None:
+    """By torch.nn's functions, as they trace; packing breaks the graph."""
+    case = Case(backend="auto", rows=rows)
+    compiled = torch.compile(case.module(), fullgraph=rows == "padded", backend="aot_eager")
+    x, states = case.inputs()
+    lengths = {"lengths": torch.tensor(case.lengths)} if rows == "lengths" else {}
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, states, **lengths), case.module()(x, states, **lengths))
+
+
+@pytest.mark.usefixtures("not_built")
+def test_it_is_said_once() -> None:
+    with pytest.warns(RuntimeWarning, match="torch.nn's own kernels on cuda: the extension was not built: no nvcc"):
         assert backends.torch_serves("auto", torch.device("cuda"))
     assert backends.torch_serves("auto", torch.device("cuda"))
 
 
+@pytest.mark.usefixtures("not_built")
 @pytest.mark.parametrize(("name", "device"), [("cuda", "cuda"), ("auto", "cpu"), ("reference", "cuda")])
-def test_not_where_something_else_was_asked_for(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_CUDA_IS_BUILT", False)
+def test_not_where_something_else_was_asked_for(name: str, device: str) -> None:
     assert not backends.torch_serves(name, torch.device(device))
 
 
-def test_a_named_backend_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = backends.BACKENDS["cuda"]._replace(obstacle=lambda: "the extension rnnkern._cuda was not built: no nvcc")
-    monkeypatch.setitem(backends.BACKENDS, "cuda", entry)
+@pytest.mark.usefixtures("not_built")
+def test_a_named_backend_raises() -> None:
     with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run this layer: .* was not built: no nvcc"):
         backends.select("cuda", torch.device("cuda"))

@@ -236,27 +236,27 @@ def _warn_fallback(device_type: str, reason: str) -> None:
     )
 
 
-_CUDA_IS_BUILT = extension.is_built()  # once: traced code must not look for files
-
-
 def torch_serves(name: str, device: torch.device) -> bool:
-    """Whether a layer is left to torch.nn's own kernels: for "auto" on a GPU, where rnnkern's were not compiled. Says
-    so once."""
-    if name != "auto" or device.type != "cuda" or _CUDA_IS_BUILT:
-        return False
-    if not torch.compiler.is_compiling():  # a warning would break the graph
-        _warn_torch_serves()
-    return True
+    """Whether a layer is left to torch.nn's own kernels: for "auto" on a GPU that rnnkern's cannot run on. Says so
+    once."""
+    return name == "auto" and device.type == "cuda" and _left_to_torch(device.index)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _left_to_torch(index: int | None) -> bool:
+    """In one piece and out of traced code's sight: it looks for files, and may warn."""
+    reason = obstacle("cuda", torch.device("cuda" if index is None else f"cuda:{index}"))
+    if reason is not None:
+        _warn_torch_serves(reason)
+    return reason is not None
 
 
 @cache
-def _warn_torch_serves() -> None:
+def _warn_torch_serves(reason: str) -> None:
     import warnings
 
     warnings.warn(
-        f"rnnkern: backend='auto' takes torch.nn's own kernels on cuda: {extension.obstacle()}",
-        RuntimeWarning,
-        stacklevel=2,
+        f"rnnkern: backend='auto' takes torch.nn's own kernels on cuda: {reason}", RuntimeWarning, stacklevel=2
     )
 
 

@@ -30,13 +30,9 @@ def version() -> str:
     return f"nvcc {built['nvcc']} for {', '.join(built['targets'])}" if built.get("cuda") else "of unknown origin"
 
 
-def is_built() -> bool:
-    return find_spec(NAME) is not None
-
-
 @cache
 def _build_obstacle() -> str | None:
-    if not is_built():
+    if find_spec(NAME) is None:
         reason = record().get("reason")
         return f"the extension {NAME} was not built: {reason or 'install rnnkern from its sources, with nvcc'}"
     try:
