@@ -22,4 +22,13 @@ screen.py      a row as it stands on the screen
 tables.py      markdown tables of them; gpu_tables.py those of a GPU
 goals.py       what falls short of a goal, for the command and the report
 report.py      the picture, and all of it into a document
+
+`python -m benchmarks.gpu_run` does everything that there is to do on a machine with a GPU, unattended.
+
+gpu_run.py          the command; gpu_parts.py has its parts
+processes.py        commands with a log and a time limit
+pytest_report.py    what pytest says of a run
+gpu_environment.py  the record of what it ran on
+small_calls.py      every kernel on small shapes, for compute-sanitizer
+gpu/                probe.cu: what barriers, exchanges and products cost on a GPU
 """

@@ -42,14 +42,6 @@ __device__ __forceinline__ typename Precision::Real dh_from_after(const Place& p
                : to_real(place.state(static_cast<const Element*>(sweep.dh_n), sequence, outputs)[unit]);
 }
 
-template <class Precision>
-__device__ __forceinline__ typename Precision::Real with_dy(const Place& place, const BackwardSweep& sweep,
-                                                            const Moment& now, int64_t sequence, int64_t unit,
-                                                            typename Precision::Real dh) {
-    using Element = typename Precision::Element;
-    return sweep.dy.data == nullptr ? dh : dh + to_real(place.row<const Element>(sweep.dy, now, sequence)[unit]);
-}
-
 // What a step's cell does backward to one unit of one sequence.
 template <class Precision, class Policy>
 __device__ __forceinline__ void unit_backward(const Place& place, const BackwardSweep& sweep, const Step& step,
@@ -104,6 +96,7 @@ __device__ __forceinline__ const typename Precision::Element* dgh_before(const P
                : nullptr;
 }
 
+// The first launch of a step, the only one without a projection: goes over the outputs, which are the units then.
 template <class Precision, class Policy, bool kLarge>
 __global__ void __launch_bounds__(kThreads, kBlocksEach)
     backward_step(const __grid_constant__ BackwardSweep sweep, const __grid_constant__ Step step, const bool aligned) {
@@ -114,44 +107,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach)
     const Place place(sweep.sizes, sweep.sequences, OwnTile::kRows, OwnTile::kUnits);
     const Moment &before = step.before[place.direction], &now = step.now[place.direction];
     if (!place.has(before, place.first_position) && !place.has(now, place.first_position)) return;
-    const int64_t hidden = sweep.sizes.hidden, depth = Policy::kGates * hidden;
-    const Element* weight = static_cast<const Element*>(sweep.weight_hh_t[place.direction]);
-    OwnTile tile;
-    Product<OwnTile, 1>::run(
-        tile, shared, step.first ? 0 : depth, aligned, weight,
-        [&](int row) { return dgh_before<Precision>(place, sweep, step, place.first_position + row); },
-        [&](int, int unit) {
-            const int64_t u = place.first_unit + unit;
-            return u < hidden ? weight + u * depth : nullptr;
-        });
-    tile.each([&](int row, int unit, const Real* sums) {
-        const int64_t position = place.first_position + row, u = place.first_unit + unit;
-        const bool has_now = place.has(now, position);
-        if (u >= hidden || !(has_now || place.has(before, position))) return;
-        const int64_t sequence = place.sequence(position);
-        const Real dh = dh_from_after<Precision>(place, sweep, step, position, u, sums[0]);
-        if (has_now) {
-            unit_backward<Precision, Policy>(place, sweep, step, position, u,
-                                             with_dy<Precision>(place, sweep, now, sequence, u, dh));
-        } else {
-            store(place.state(static_cast<Element*>(sweep.dh0), sequence, hidden) + u, dh);
-        }
-    });
-}
-
-// The first launch of a step with a projection.
-template <class Precision, bool kLarge>
-__global__ void __launch_bounds__(kThreads, kBlocksEach)
-    backward_product(const __grid_constant__ BackwardSweep sweep, const __grid_constant__ Step step,
-                     const int64_t depth, const bool aligned) {
-    using Element = typename Precision::Element;
-    using Real = typename Precision::Real;
-    using OwnTile = typename TileOf<Precision, 1, kLarge>::Type;
-    RNNKERN_DYNAMIC_SHARED(shared);
-    const Place place(sweep.sizes, sweep.sequences, OwnTile::kRows, OwnTile::kUnits);
-    const Moment &before = step.before[place.direction], &now = step.now[place.direction];
-    if (!place.has(before, place.first_position) && !place.has(now, place.first_position)) return;
-    const int64_t outputs = sweep.sizes.outputs;
+    const int64_t outputs = sweep.sizes.outputs, depth = Policy::kGates * sweep.sizes.hidden;
     const Element* weight = static_cast<const Element*>(sweep.weight_hh_t[place.direction]);
     OwnTile tile;
     Product<OwnTile, 1>::run(
@@ -166,17 +122,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach)
         const bool has_now = place.has(now, position);
         if (u >= outputs || !(has_now || place.has(before, position))) return;
         const int64_t sequence = place.sequence(position);
-        const Real dh = dh_from_after<Precision>(place, sweep, step, position, u, sums[0]);
-        if (has_now) {
-            store(place.row<Element>(sweep.dh_projected, now, sequence) + u,
-                  with_dy<Precision>(place, sweep, now, sequence, u, dh));
-        } else {
+        Real dh = dh_from_after<Precision>(place, sweep, step, position, u, sums[0]);
+        if (!has_now) {
             store(place.state(static_cast<Element*>(sweep.dh0), sequence, outputs) + u, dh);
+            return;
+        }
+        if (sweep.dy.data != nullptr) dh += to_real(place.row<const Element>(sweep.dy, now, sequence)[u]);
+        if (sweep.dh_projected.data != nullptr) {
+            store(place.row<Element>(sweep.dh_projected, now, sequence) + u, dh);
+        } else {
+            unit_backward<Precision, Policy>(place, sweep, step, position, u, dh);
         }
     });
 }
 
-// The second one.
+// The second launch of a step with a projection.
 template <class Precision, class Policy, bool kLarge>
 __global__ void __launch_bounds__(kThreads, kBlocksEach)
     backward_projected_step(const __grid_constant__ BackwardSweep sweep, const __grid_constant__ Step step,
@@ -234,32 +194,23 @@ Failure sweep_backward(const BackwardSweep& sweep, void* stream) {
     using Tile = typename TileOf<Precision, 1, kLarge>::Type;
     constexpr int kBytes = Product<Tile, 1>::kSharedBytes;
     const Sizes& sizes = sweep.sizes;
-    const int64_t depth = Policy::kGates * sizes.hidden;
-    const Alignment aligned = alignment<typename Precision::Element>(sweep, depth);
+    const Alignment aligned = alignment<typename Precision::Element>(sweep, Policy::kGates * sizes.hidden);
     const Steps steps(sizes, sweep.sequences);
     Launcher launch(stream);
-    if (sweep.dh_projected.data == nullptr) {
-        const auto kernel = backward_step<Precision, Policy, kLarge>;
-        launch.allow("backward_step", kernel, kBytes);
-        for (int64_t n = 0; n <= sizes.steps; ++n) {
-            const Step step = steps.at(n, true);
-            launch("backward_step", kernel, kBytes, sizes, steps.most(step), Tile::kRows, sizes.hidden, Tile::kUnits,
-                   sweep, step, aligned.recurrent);
-        }
-        return launch.failure();
-    }
-    if constexpr (Policy::kHasC) {
-        const auto product = backward_product<Precision, kLarge>;
-        const auto cell = backward_projected_step<Precision, Policy, kLarge>;
-        launch.allow("backward_product", product, kBytes);
-        launch.allow("backward_projected_step", cell, kBytes);
-        for (int64_t n = 0; n <= sizes.steps; ++n) {
-            const Step step = steps.at(n, true);
-            const int64_t positions = steps.most(step);
-            launch("backward_product", product, kBytes, sizes, positions, Tile::kRows, sizes.outputs, Tile::kUnits,
-                   sweep, step, depth, aligned.recurrent);
-            if (n == sizes.steps) break;
-            launch("backward_projected_step", cell, kBytes, sizes, positions, Tile::kRows, sizes.hidden, Tile::kUnits,
+    const auto first = backward_step<Precision, Policy, kLarge>;
+    const bool projected = sweep.dh_projected.data != nullptr;
+    launch.allow("backward_step", first, kBytes);
+    if constexpr (Policy::kHasC)
+        launch.allow("backward_projected_step", backward_projected_step<Precision, Policy, kLarge>, kBytes);
+    for (int64_t n = 0; n <= sizes.steps; ++n) {
+        const Step step = steps.at(n, true);
+        const int64_t positions = steps.most(step);
+        launch("backward_step", first, kBytes, sizes, positions, Tile::kRows, sizes.outputs, Tile::kUnits, sweep, step,
+               aligned.recurrent);
+        if constexpr (Policy::kHasC) {  // no other cell has a projection
+            if (!projected || n == sizes.steps) continue;
+            const auto second = backward_projected_step<Precision, Policy, kLarge>;
+            launch("backward_projected_step", second, kBytes, sizes, positions, Tile::kRows, sizes.hidden, Tile::kUnits,
                    sweep, step, aligned.projection);
         }
     }
@@ -269,8 +220,8 @@ Failure sweep_backward(const BackwardSweep& sweep, void* stream) {
 }  // namespace
 
 template <class Precision>
-Failure backward(const BackwardSweep& sweep, Cell cell, Tile tile, void* stream) {
-    Failure failure = {};
+Failure backward(const BackwardSweep& sweep, const char* cell, Tile tile, void* stream) {
+    Failure failure = {cudaErrorInvalidValue, "of no such cell", 0};
     with_cell<typename Precision::Real>(cell, [&](auto policy) {
         using Policy = decltype(policy);
         using Large = typename TileOf<Precision, 1, true>::Type;
@@ -282,6 +233,6 @@ Failure backward(const BackwardSweep& sweep, Cell cell, Tile tile, void* stream)
     return failure;
 }
 
-template Failure backward<precision::RNNKERN_PRECISION>(const BackwardSweep&, Cell, Tile, void*);
+template Failure backward<precision::RNNKERN_PRECISION>(const BackwardSweep&, const char*, Tile, void*);
 
 }  // namespace rnnkern

@@ -42,16 +42,13 @@ void of_directions(const Addresses& given, const void* (&to)[kMostDirections]) {
 }
 
 template <class Sweep>
-using Run = Failure (*)(const Sweep&, Cell, Tile, void*);
+using Run = Failure (*)(const Sweep&, const char*, Tile, void*);
 
 // RNNKERN_PRECISIONS(X), X(float32) X(float64) ..., comes from build.py, which compiles the sweeps for these.
 #define RNNKERN_ROW(name) {#name, {forward<precision::name>, backward<precision::name>}},
 const std::map<std::string, std::pair<Run<ForwardSweep>, Run<BackwardSweep>>> kPrecisions = {
     RNNKERN_PRECISIONS(RNNKERN_ROW)};
 #undef RNNKERN_ROW
-
-const std::map<std::string, Cell> kCells = {
-    {"lstm", Cell::lstm}, {"gru", Cell::gru}, {"rnn_tanh", Cell::rnn_tanh}, {"rnn_relu", Cell::rnn_relu}};
 
 const std::map<std::string, Tile> kTiles = {
     {"automatic", Tile::automatic}, {"small", Tile::small}, {"large", Tile::large}};
@@ -89,7 +86,7 @@ void run(Run<Sweep> function, const Sweep& sweep, const Call& call) {
     {
         py::gil_scoped_release release;
         CurrentDevice current(call.device);
-        failure = function(sweep, kCells.at(call.cell), kTiles.at(call.tile), pointer(call.stream));
+        failure = function(sweep, call.cell.c_str(), kTiles.at(call.tile), pointer(call.stream));
         if (failure.error != cudaSuccess) reason = cudaGetErrorString(static_cast<cudaError_t>(failure.error));
     }
     if (failure.error == cudaSuccess) return;

@@ -7,7 +7,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
-#include "sweep.h"
+#include <cstring>
 
 namespace rnnkern {
 
@@ -148,19 +148,22 @@ struct RnnRelu {
     }
 };
 
-// The table of cells: calls run(policy).
+// The table of cells: calls run(policy) for the name in rnnkern/cells.py; false for no cell.
 template <class Real, class Run>
-void with_cell(Cell cell, Run run) {
-    switch (cell) {
-        case Cell::lstm:
-            return run(Lstm<Real>());
-        case Cell::gru:
-            return run(Gru<Real>());
-        case Cell::rnn_tanh:
-            return run(RnnTanh<Real>());
-        case Cell::rnn_relu:
-            return run(RnnRelu<Real>());
+bool with_cell(const char* name, Run run) {
+    const auto is = [name](const char* cell) { return std::strcmp(name, cell) == 0; };
+    if (is("lstm")) {
+        run(Lstm<Real>());
+    } else if (is("gru")) {
+        run(Gru<Real>());
+    } else if (is("rnn_tanh")) {
+        run(RnnTanh<Real>());
+    } else if (is("rnn_relu")) {
+        run(RnnRelu<Real>());
+    } else {
+        return false;
     }
+    return true;
 }
 
 }  // namespace rnnkern

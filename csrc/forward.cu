@@ -165,8 +165,8 @@ Failure sweep_forward(const ForwardSweep& sweep, void* stream) {
 }  // namespace
 
 template <class Precision>
-Failure forward(const ForwardSweep& sweep, Cell cell, Tile tile, void* stream) {
-    Failure failure = {};
+Failure forward(const ForwardSweep& sweep, const char* cell, Tile tile, void* stream) {
+    Failure failure = {cudaErrorInvalidValue, "of no such cell", 0};
     with_cell<typename Precision::Real>(cell, [&](auto policy) {
         using Policy = decltype(policy);
         using Large = typename TileOf<Precision, Policy::kGates, true>::Type;
@@ -178,6 +178,6 @@ Failure forward(const ForwardSweep& sweep, Cell cell, Tile tile, void* stream) {
     return failure;
 }
 
-template Failure forward<precision::RNNKERN_PRECISION>(const ForwardSweep&, Cell, Tile, void*);
+template Failure forward<precision::RNNKERN_PRECISION>(const ForwardSweep&, const char*, Tile, void*);
 
 }  // namespace rnnkern

@@ -82,8 +82,6 @@ struct Failure {
     int64_t launch;  // how many launches had gone well
 };
 
-enum class Cell { lstm, gru, rnn_tanh, rnn_relu };
-
 // The precisions, by the names that build.py compiles the sweeps for.
 namespace precision {
 struct float32;
@@ -93,10 +91,11 @@ struct bfloat16;
 struct float16;
 }  // namespace precision
 
-// Queues a layer's sweep, one launch a step (two with a projection), on `stream`, a cudaStream_t.
+// Queues a layer's sweep, one launch a step (two with a projection), on `stream`, a cudaStream_t. `cell` is a name that
+// with_cell of cells.cuh knows.
 template <class Precision>
-Failure forward(const ForwardSweep& sweep, Cell cell, Tile tile, void* stream);
+Failure forward(const ForwardSweep& sweep, const char* cell, Tile tile, void* stream);
 template <class Precision>
-Failure backward(const BackwardSweep& sweep, Cell cell, Tile tile, void* stream);
+Failure backward(const BackwardSweep& sweep, const char* cell, Tile tile, void* stream);
 
 }  // namespace rnnkern

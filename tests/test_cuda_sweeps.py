@@ -309,3 +309,16 @@ def test_offsets_beyond_32_bits() -> None:
     torch.testing.assert_close(y[:1], first)
     torch.testing.assert_close(y[apart:], torch.tanh(-0.25 + 2 * first))
     assert torch.equal(h_n, y[apart:])
+
+
+def test_no_such_cell() -> None:
+    call = host.extension().Call("ltsm", "float32", "small", 0, 0)
+    names = ("lengths", "order", "counts", "h0", "h_n", "c", "unprojected")
+    with pytest.raises(RuntimeError, match=r"kernel of no such cell \(general tier, ltsm"):
+        host.extension().forward(
+            call,
+            sizes=(1, 1, 1, 1, 1),
+            **dict.fromkeys(names, 0),
+            **dict.fromkeys(("gx", "gates", "cells", "y"), (0, 0, 0, 0)),
+            **{name: [0] for name in ("weight_hh", "weight_hr", "bias_ih", "bias_hh")},
+        )
