@@ -55,7 +55,10 @@ class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Puts the compiled module where setuptools expects it."""
         toolkit = build.find_toolkit()
-        compiled = build.build_cuda(build.cuda_folder(toolkit), toolkit)
+        try:
+            compiled = build.build_cuda(build.cuda_folder(toolkit), toolkit)
+        except build.BuildError as error:
+            raise build.BuildError(f"{error}; RNNKERN_CUDA=0 installs the package without CUDA") from error
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(compiled, target)

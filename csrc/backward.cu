@@ -42,23 +42,33 @@ __device__ __forceinline__ typename Precision::Real dh_from_after(const Place& p
                : to_real(place.state(static_cast<const Element*>(sweep.dh_n), sequence, outputs)[unit]);
 }
 
+// Copies one number of what met W_hh, the output of the step after or h0, to the row of this step.
+template <class Precision>
+__device__ __forceinline__ void gather_h_prev(const Place& place, const BackwardSweep& sweep, const Step& step,
+                                              int64_t position, int64_t unit) {
+    using Element = typename Precision::Element;
+    const Moment &now = step.now[place.direction], &after = step.after[place.direction];
+    const int64_t sequence = place.sequence(position);
+    const Element* from = place.has(after, position)
+                              ? place.row<const Element>(sweep.y, after, sequence)
+                              : place.state(static_cast<const Element*>(sweep.h0), sequence, sweep.sizes.outputs);
+    place.row<Element>(sweep.h_prev, now, sequence)[unit] = from[unit];
+}
+
 // What a step's cell does backward to one unit of one sequence.
 template <class Precision, class Policy>
 __device__ __forceinline__ void unit_backward(const Place& place, const BackwardSweep& sweep, const Step& step,
                                               int64_t position, int64_t unit, typename Precision::Real dh) {
     using Element = typename Precision::Element;
     using Real = typename Precision::Real;
-    const int64_t hidden = sweep.sizes.hidden, outputs = sweep.sizes.outputs, sequence = place.sequence(position);
+    const int64_t hidden = sweep.sizes.hidden, sequence = place.sequence(position);
     const int d = place.direction;
     const Moment &now = step.now[d], &after = step.after[d];
-    const bool begins = !place.has(after, position);  // with h0 and c0
+    const bool begins = !place.has(after, position);  // with c0
     Met<Real> met = {};
-    if (unit < outputs) {
-        const Element* h_prev = begins ? place.state(static_cast<const Element*>(sweep.h0), sequence, outputs)
-                                       : place.row<Element>(sweep.y, after, sequence);
-        met.h_prev = to_real(h_prev[unit]);
+    if (sweep.dh_projected.data == nullptr) {  // else the unit is none of h
         met.h = to_real(place.row<Element>(sweep.y, now, sequence)[unit]);
-        store(place.row<Element>(sweep.h_prev, now, sequence) + unit, met.h_prev);
+        met.h_prev = to_real(place.row<Element>(sweep.h_prev, now, sequence)[unit]);
     }
     Real saved[Policy::kSaved + 1], dgx[Policy::kGates], dgh[Policy::kGates], dc = 0, direct = 0;
     if (Policy::kSaved > 0) {
@@ -127,6 +137,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach)
             store(place.state(static_cast<Element*>(sweep.dh0), sequence, outputs) + u, dh);
             return;
         }
+        gather_h_prev<Precision>(place, sweep, step, position, u);
         if (sweep.dy.data != nullptr) dh += to_real(place.row<const Element>(sweep.dy, now, sequence)[u]);
         if (sweep.dh_projected.data != nullptr) {
             store(place.row<Element>(sweep.dh_projected, now, sequence) + u, dh);

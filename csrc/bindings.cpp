@@ -65,9 +65,12 @@ class CurrentDevice {
   public:
     explicit CurrentDevice(int device) {
         check(cudaGetDevice(&before_));
-        if (before_ != device) check(cudaSetDevice(device));
+        changed_ = before_ != device;
+        if (changed_) check(cudaSetDevice(device));
     }
-    ~CurrentDevice() { cudaSetDevice(before_); }
+    ~CurrentDevice() {
+        if (changed_) cudaSetDevice(before_);  // else it might make a context where nobody wants one
+    }
     CurrentDevice(const CurrentDevice&) = delete;
     CurrentDevice& operator=(const CurrentDevice&) = delete;
 
@@ -77,6 +80,7 @@ class CurrentDevice {
             throw std::runtime_error(std::string("rnnkern: no CUDA device can be used: ") + cudaGetErrorString(error));
     }
     int before_ = 0;
+    bool changed_ = false;
 };
 
 template <class Sweep>

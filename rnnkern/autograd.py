@@ -34,7 +34,7 @@ _library.define(
 def _layer(cell: str, backend: str, batch_major: bool, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *operands, save = rest
     given = _operands(x, *operands)
-    with compat.without_autocast(x.device.type):
+    with torch.no_grad(), compat.without_autocast(x.device.type):
         results = layer.forward(Settings(cell, backend, batch_major), given, save)
     if given.lengths is None or not save:
         return tuple(results)
@@ -51,7 +51,7 @@ def _fill_up(rows: Tensor, count: int) -> Tensor:
 
 def _layer_backward(cell: str, backend: str, batch_major: bool, x: Tensor, *rest: Any) -> list[Tensor]:
     operands, saved, grads, needs = rest[:5], rest[5:8], rest[8:11], rest[11]
-    with compat.without_autocast(x.device.type):
+    with torch.no_grad(), compat.without_autocast(x.device.type):
         return layer.backward(
             Settings(cell, backend, batch_major), _operands(x, *operands), Saved(*saved), grads, needs
         )

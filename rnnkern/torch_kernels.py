@@ -4,15 +4,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from rnnkern import checks
 from rnnkern.layer import Operands, Settings
 
 
 def run_layer(settings: Settings, operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y, h_n, c_n) of one layer, as `rnnkern.autograd.apply_layer` gives them."""
-    if operands.lengths is None:
+    if operands.lengths is None or operands.h0.shape[1] == 0:
         return _run(settings.cell, operands)
-    steps = operands.x.shape[0]
-    packed = pack_padded_sequence(operands.x, operands.lengths.cpu(), enforce_sorted=False)
+    steps, lengths = operands.x.shape[0], operands.lengths.cpu()
+    checks.length_values(lengths, steps)
+    packed = pack_padded_sequence(operands.x, lengths, enforce_sorted=False)
     given, place = packed.sorted_indices, packed.unsorted_indices
     assert given is not None
     assert place is not None
@@ -34,7 +36,8 @@ def _run(cell: str, operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
     """A padded or packed layer. torch's functions are called as our cells are."""
     run = getattr(torch, cell)
     directions = operands.h0.shape[0]
-    states = operands.h0 if operands.c0 is None else (operands.h0, operands.c0)
+    h0, c0 = operands.h0.contiguous(), operands.c0  # cuDNN takes no others
+    states = h0 if c0 is None else (h0, c0.contiguous())
     has_biases = len(operands.weights) // directions > 3  # beside W_ih, W_hh and perhaps W_hr
     # "train" keeps what backward needs; there is no dropout in a layer
     options = {"num_layers": 1, "dropout": 0.0, "train": torch.is_grad_enabled(), "bidirectional": directions == 2}

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ def afresh() -> Iterator[None]:
 def built(monkeypatch: pytest.MonkeyPatch) -> None:
     """The extension is there and can be loaded."""
     monkeypatch.setattr(extension, "find_spec", lambda name: object())
-    monkeypatch.setattr(extension, "load", lambda: object())
+    monkeypatch.setattr(extension, "load", lambda: SimpleNamespace(CUDART_VERSION=13000))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13010, raising=False)
 
 
 def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **fields: object) -> None:
@@ -71,14 +73,40 @@ def test_torch_or_driver(
     assert extension.obstacle() == reason
 
 
-def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("built")
+def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12090, raising=False)
+    assert extension.obstacle() == (
+        "the extension was built with CUDA 13, and the driver knows CUDA 12: update the driver"
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "runs", "does_not"),
+    [
+        ("sm_80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0)]),
+        ("sm_86", [(8, 6), (8, 9)], [(8, 0)]),
+        ("sm_90a", [(9, 0)], [(8, 9), (10, 0)]),
+        ("compute_90", [(9, 0), (10, 0), (12, 0)], [(8, 9)]),
+        ("sm_120", [(12, 0), (12, 1)], [(10, 0)]),
+    ],
+)
+def test_what_runs_where(target: str, runs: list[tuple[int, int]], does_not: list[tuple[int, int]]) -> None:
+    assert all(extension.runs_on(target, capability) for capability in runs)
+    assert not any(extension.runs_on(target, capability) for capability in does_not)
+
+
+def test_a_gpu_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others of the same machine are asked for themselves."""
+    record(tmp_path, monkeypatch, cuda=True, targets=["sm_80", "sm_90a"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index == 0 else (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old")
     entry = BACKENDS["cuda"]._replace(obstacle=lambda: None, device_obstacle=extension.device_obstacle)
     monkeypatch.setitem(BACKENDS, "cuda", entry)
     assert obstacle("cuda", torch.device("cuda", 0)) == (
-        "the kernels need a GPU of compute capability 8.0 or newer, and Old has 7.5"
+        "the kernels were compiled for sm_80, sm_90a, and Old has compute capability 7.5"
     )
     assert obstacle("cuda", torch.device("cuda", 1)) is None
 

@@ -75,3 +75,18 @@ def test_not_where_something_else_was_asked_for(name: str, device: str) -> None:
 def test_a_named_backend_raises() -> None:
     with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run this layer: .* was not built: no nvcc"):
         backends.select("cuda", torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_lengths_are_checked() -> None:
+    module = Case(backend="auto").module()
+    with pytest.raises(ValueError, match=r"lengths: expected 1 <= length <= T = 5, got 6 at index 1"):
+        module(torch.zeros(5, 2, 3, dtype=torch.float64), lengths=torch.tensor([1, 6]))
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_lengths_of_no_sequence() -> None:
+    output, _ = Case(backend="auto").module()(
+        torch.zeros(5, 0, 3, dtype=torch.float64), lengths=torch.tensor([], dtype=torch.int64)
+    )
+    assert output.shape == (5, 0, 7)

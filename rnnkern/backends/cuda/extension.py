@@ -51,14 +51,29 @@ def obstacle() -> str | None:
         return "this torch was built without CUDA; install one that was"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device: is there one, with a driver new enough for this torch?"
+    version: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    needed, driver = load().CUDART_VERSION // 1000, version // 1000
+    if driver < needed:
+        return f"the extension was built with CUDA {needed}, and the driver knows CUDA {driver}: update the driver"
     return None
 
 
 def device_obstacle(device: torch.device) -> str | None:
     """Why the sweeps cannot run on this one device, or None."""
     capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_CAPABILITY:
-        oldest, own = (".".join(map(str, c)) for c in (OLDEST_CAPABILITY, capability))
-        name = torch.cuda.get_device_name(device)
-        return f"the kernels need a GPU of compute capability {oldest} or newer, and {name} has {own}"
-    return None
+    targets = record().get("targets", [])
+    if any(runs_on(target, capability) for target in targets) or (not targets and capability >= OLDEST_CAPABILITY):
+        return None
+    own, name = ".".join(map(str, capability)), torch.cuda.get_device_name(device)
+    compiled = f"for {', '.join(targets)}" if targets else "for compute capability 8.0 and newer"
+    return f"the kernels were compiled {compiled}, and {name} has compute capability {own}"
+
+
+def runs_on(target: str, capability: tuple[int, int]) -> bool:
+    """Whether what nvcc compiled for `target` runs on a GPU: sm_N on its own generation from N on, sm_Na on N alone,
+    PTX, compute_N, on all from N on."""
+    kind, _, number = target.partition("_")
+    wanted = int(number.rstrip("af")) // 10, int(number.rstrip("af")) % 10
+    if kind == "compute":
+        return capability >= wanted
+    return capability == wanted if number.endswith("a") else capability[0] == wanted[0] and capability >= wanted

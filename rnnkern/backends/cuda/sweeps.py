@@ -11,6 +11,7 @@ The extension is `rnnkern._cuda`, or in tests a build of the same sources that r
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Condition
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -39,22 +40,51 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and tf32_allowed() else str(dtype).removeprefix("torch.")
 
 
-@contextmanager
-def _same_precision_in_products(x: Tensor) -> Iterator[None]:
-    """torch's own products of float32 on a GPU in TF32 or not, as the sweeps are, whatever the switch for matmul."""
-    if not (x.is_cuda and x.dtype == torch.float32):
-        yield
-        return
-    switch: Any = torch.backends.cuda.matmul
-    before, wanted = switch.fp32_precision, "tf32" if tf32_allowed() else "ieee"
-    if before == wanted:
-        yield
-        return
-    switch.fp32_precision = wanted
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
+class _ProductSwitch:
+    """torch's switch for its own products of float32 on a GPU, set as the sweeps are for the time of a call. It is one
+    for all threads: calls that want the same share it, and the last one out puts back what was there before."""
+
+    def __init__(self) -> None:
+        self.changed = Condition()
+        self.users, self.wanted = 0, ""
+        self.before: str | None = None  # None where nothing had to be changed
+
+    @contextmanager
+    def as_in_sweeps(self, x: Tensor) -> Iterator[None]:
+        """Products in TF32 or not, as is allowed for recurrent layers."""
+        if not (x.is_cuda and x.dtype == torch.float32):
+            yield
+            return
+        wanted = "tf32" if tf32_allowed() else "ieee"
+        with self.changed:
+            self.changed.wait_for(lambda: self.users == 0 or self.wanted == wanted)
+            if self.users == 0:
+                self.wanted, self.before = wanted, self._change(wanted)
+            self.users += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.users -= 1
+                if self.users == 0:
+                    if self.before is not None:
+                        matmul: Any = torch.backends.cuda.matmul
+                        matmul.fp32_precision = self.before
+                    self.changed.notify_all()
+
+    @staticmethod
+    def _change(wanted: str) -> str | None:
+        """Sets the switch where it has to be, and returns what it was: "none" for what came from the switch for all."""
+        matmul: Any = torch.backends.cuda.matmul
+        everything: Any = torch.backends
+        now = str(matmul.fp32_precision)
+        if now == wanted or {now, wanted} == {"none", "ieee"}:  # "none" is float32 as well
+            return None
+        matmul.fp32_precision = wanted
+        return "none" if now == everything.fp32_precision else now
+
+
+_products = _ProductSwitch()
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -82,17 +112,23 @@ def _sequences(layer: Layer, in_sight: Callable[[Tensor], bool]) -> tuple[Layer,
     """Those of the layer. Lengths that are not in sight never come to the host: a sequence whose length is outside 1..T
     starts from NaN, and so its outputs and states are NaN."""
     if layer.lengths is None:
-        counts = None if layer.batch_sizes is None else layer.batch_sizes.contiguous()
+        counts = None if layer.batch_sizes is None else _whole(layer.batch_sizes)
         return layer, _Sequences(None, None, counts)
-    steps, lengths = layer.x.shape[0], layer.lengths
+    steps, lengths = layer.x.shape[0], _whole(layer.lengths)
     if in_sight(lengths):
         checks.length_values(lengths, steps)
-        lengths = lengths.to(layer.x.device, non_blocking=True).contiguous()
+        # of pinned memory, which the caller may fill anew, the copy must be made when this returns
+        lengths = lengths.to(layer.x.device, non_blocking=not lengths.is_pinned())
     else:
         valid = (lengths >= 1) & (lengths <= steps)
         lengths = torch.where(valid, lengths, steps)
         layer = layer._replace(h0=torch.where(valid[:, None], layer.h0, torch.nan))
     return layer, _Sequences(lengths, lengths.argsort(descending=True, stable=True), None)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor as sweeps read it: one block, nothing to be negated on the way."""
+    return tensor.resolve_neg().contiguous()
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -102,9 +138,10 @@ def _readable(tensor: Tensor) -> Tensor:
 
 
 def _layout(rows: Tensor | None, directions: int) -> Layout:
-    """Of (T, B, D*n) or packed (N, D*n)."""
+    """Of (T, B, D*n) or packed (N, D*n), which the caller keeps."""
     if rows is None:
         return NOTHING
+    assert _readable(rows) is rows
     sequence = rows.stride(1) if rows.dim() == 3 else rows.stride(0)
     return rows.data_ptr(), rows.stride(0), sequence, rows.shape[-1] // directions
 
@@ -188,10 +225,10 @@ class SweepBackend:
         self, layer: Layer, saved: Saved, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, needs: Needs
     ) -> list[Tensor | None]:
         layer, sequences = _sequences(_prepared(layer), self.in_sight)
-        given = None if dy is None else _readable(dy)
+        given, saved = None if dy is None else _readable(dy), saved._replace(y=_readable(saved.y))
         rows = self._sweep_backward(layer, sequences, saved, given, dh_n, dc_n)
-        with _same_precision_in_products(layer.x):
-            flat = _Flat(layer)
+        with _products.as_in_sweeps(layer.x):
+            flat, real = _Flat(layer), _without_padding(layer, sequences)
             return [
                 _input_gradient(layer, flat, rows.dgx) if needs.x else None,
                 rows.dh0 if needs.h0 else None,
@@ -199,7 +236,7 @@ class SweepBackend:
                 *(
                     gradient
                     for d, wanted in enumerate(needs.weights)
-                    for gradient in _weight_gradients(layer, flat, rows, d, wanted)
+                    for gradient in _weight_gradients(real, flat, rows, d, wanted)
                 ),
             ]
 
@@ -228,7 +265,7 @@ class SweepBackend:
         )
         direct = None if projects else layer.h0.new_empty(layer.h0.shape, dtype=dtype)
         c0 = None if layer.c0 is None else layer.c0.to(dtype)
-        dh_n = None if dh_n is None else dh_n.resolve_neg().contiguous()
+        dh_n = None if dh_n is None else _whole(dh_n)
         transposed = [w.weight_hh.t().contiguous() for w in layer.weights]
         transposed_hr = [None if w.weight_hr is None else w.weight_hr.t().contiguous() for w in layer.weights]
         self.extension.backward(
@@ -237,7 +274,7 @@ class SweepBackend:
             **sequences.addresses(),
             gates=_layout(gates, directions),
             cells=_layout(cells, directions),
-            y=_layout(_readable(saved.y), directions),
+            y=_layout(saved.y, directions),
             dy=_layout(dy, directions),
             dgx=_layout(rows.dgx, directions),
             dgh=_layout(rows.dgh, directions),
@@ -270,15 +307,19 @@ class _Gradients(NamedTuple):
 
 def _prepared(layer: Layer) -> Layer:
     """The layer with operands as sweeps read them; x goes into torch's products alone."""
-
-    def whole(tensor: Tensor) -> Tensor:
-        return tensor.resolve_neg().contiguous()
-
     return layer._replace(
-        h0=whole(layer.h0),
-        c0=None if layer.c0 is None else whole(layer.c0),
-        weights=tuple(weights.map(whole) for weights in layer.weights),
+        h0=_whole(layer.h0),
+        c0=None if layer.c0 is None else _whole(layer.c0),
+        weights=tuple(weights.map(_whole) for weights in layer.weights),
     )
+
+
+def _without_padding(layer: Layer, sequences: _Sequences) -> Layer:
+    """The layer with zeros in x past the lengths: what is there may be NaN, and must not meet the zeros of dgx."""
+    if sequences.lengths is None:
+        return layer
+    steps = torch.arange(layer.x.shape[0], device=layer.x.device)
+    return layer._replace(x=layer.x.masked_fill((steps[:, None] >= sequences.lengths).unsqueeze(2), 0))
 
 
 def _sizes(layer: Layer, sequences: _Sequences) -> tuple[int, int, int, int, int]:
@@ -313,7 +354,7 @@ def _input_product(layer: Layer, gx: Tensor) -> None:
     """gx = x W_ih^T in the first G*H columns of each direction."""
     flat, directions = _Flat(layer), len(layer.weights)
     x, matrix = flat(layer.x), flat(gx)
-    with _same_precision_in_products(layer.x):
+    with _products.as_in_sweeps(layer.x):
         for d, weights in enumerate(layer.weights):
             columns = _part(matrix, d, directions)[:, : weights.weight_ih.shape[0]]
             _product(x, weights.weight_ih.t(), out=columns)
