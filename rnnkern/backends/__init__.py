@@ -199,7 +199,7 @@ BACKENDS: dict[str, Entry] = {
     "cuda": Entry(
         "rnnkern.backends.cuda.backend",
         extension.version,
-        extension.obstacle,
+        cache(extension.obstacle),  # a call asks more than once
         ("cuda",),
         cache(extension.device_obstacle),
     ),
