@@ -236,10 +236,9 @@ Failure backward(const BackwardSweep& sweep, const char* cell, Tile tile, void* 
     with_cell<typename Precision::Real>(cell, [&](auto policy) {
         using Policy = decltype(policy);
         using Large = typename TileOf<Precision, 1, true>::Type;
-        const bool large = tile == rnnkern::Tile::large ||
-                           (tile == rnnkern::Tile::automatic && fills_device(sweep.sizes, Large::kRows, Large::kUnits));
-        failure = large ? sweep_backward<Precision, Policy, true>(sweep, stream)
-                        : sweep_backward<Precision, Policy, false>(sweep, stream);
+        failure = takes_large(tile, sweep.sizes, Large::kRows, Large::kUnits)
+                      ? sweep_backward<Precision, Policy, true>(sweep, stream)
+                      : sweep_backward<Precision, Policy, false>(sweep, stream);
     });
     return failure;
 }

@@ -170,10 +170,9 @@ Failure forward(const ForwardSweep& sweep, const char* cell, Tile tile, void* st
     with_cell<typename Precision::Real>(cell, [&](auto policy) {
         using Policy = decltype(policy);
         using Large = typename TileOf<Precision, Policy::kGates, true>::Type;
-        const bool large =
-            tile == Tile::large || (tile == Tile::automatic && fills_device(sweep.sizes, Large::kRows, Large::kUnits));
-        failure = large ? sweep_forward<Precision, Policy, true>(sweep, stream)
-                        : sweep_forward<Precision, Policy, false>(sweep, stream);
+        failure = takes_large(tile, sweep.sizes, Large::kRows, Large::kUnits)
+                      ? sweep_forward<Precision, Policy, true>(sweep, stream)
+                      : sweep_forward<Precision, Policy, false>(sweep, stream);
     });
     return failure;
 }

@@ -102,8 +102,10 @@ class Launcher {
     Failure failure_ = {cudaSuccess, nullptr, 0};
 };
 
-// Whether tiles of `rows` x `units` are enough blocks for every multiprocessor to have one.
-inline bool fills_device(const Sizes& sizes, int rows, int units) {
+// Whether a sweep takes large tiles, of `rows` x `units`: automatically, when they are enough blocks for every
+// multiprocessor to have one.
+inline bool takes_large(Tile tile, const Sizes& sizes, int rows, int units) {
+    if (tile != Tile::automatic) return tile == Tile::large;
     int device = 0, multiprocessors = 0;
     if (cudaGetDevice(&device) != cudaSuccess) return false;
     if (cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return false;

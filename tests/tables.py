@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import rnnkern
@@ -82,6 +83,21 @@ def nonlinearity(cell: str) -> dict[str, str]:
     """The constructor's argument that tells one plain RNN from another; empty for other cells."""
     name = CELLS[cell].mode.partition("_")[2].lower()
     return {"nonlinearity": name} if name else {}
+
+
+def of_everything(module: nn.Module, **options: Any) -> Callable[..., tuple[Tensor, ...]]:
+    """All results of a layer as a function of its input and parameters."""
+    names = [name for name, _ in module.named_parameters()]
+
+    def call(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        output, states = functional_call(module, dict(zip(names, parameters, strict=True)), (x,), options)
+        return output, *(states if isinstance(states, tuple) else (states,))
+
+    return call
+
+
+def loss_of(module: nn.Module) -> Callable[[Any, Tensor], Any]:
+    return lambda parameters, x: functional_call(module, parameters, (x,))[0].pow(3).sum()
 
 
 # torch.nn's own checks raise others; these come from code that ran into the bad argument, and say nothing of it.

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rnnkern
 from rnnkern.cells import CELLS
-from tests.tables import KERNEL_BACKENDS, cell_class, layer_class, nonlinearity
+from tests.tables import KERNEL_BACKENDS, cell_class, layer_class, loss_of, nonlinearity, of_everything
 
 LENGTHS = torch.tensor([2, 4, 1])
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -28,21 +28,6 @@ def twins(cell: str, **options: Any) -> tuple[Any, Any]:
     ours, theirs = layer_class(rnnkern, cell)(2, 3, **options), layer_class(nn, cell)(2, 3, **options)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
-
-
-def of_everything(module: nn.Module, **options: Any) -> Callable[..., tuple[Tensor, ...]]:
-    """All results of a layer as a function of its input and parameters."""
-    names = [name for name, _ in module.named_parameters()]
-
-    def call(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        output, states = functional_call(module, dict(zip(names, parameters, strict=True)), (x,), options)
-        return output, *(states if isinstance(states, tuple) else (states,))
-
-    return call
-
-
-def loss_of(module: nn.Module) -> Callable[[Any, Tensor], Any]:
-    return lambda parameters, x: functional_call(module, parameters, (x,))[0].pow(3).sum()
 
 
 def random(*shape: int) -> Tensor:

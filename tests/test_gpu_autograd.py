@@ -1,15 +1,15 @@
 """On a GPU as on the CPU: derivatives of every order, torch.func, torch.compile and autocast."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from rnnkern.cells import CELLS
 from tests.gpu_support import Target, on_both, on_cuda
+from tests.tables import loss_of, of_everything
 
 # Dynamo instantiates every Function that it traces, and torch warns of that.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -35,21 +35,6 @@ def twins(target: Target, cell: str, **options: Any) -> tuple[Any, Any]:
     ours, theirs = target.layer(cell, 2, 3, **options), Target("", "cpu").torch_layer(cell, 2, 3, **options)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
-
-
-def of_everything(module: nn.Module, **options: Any) -> Callable[..., tuple[Tensor, ...]]:
-    """All results of a layer as a function of its input and parameters."""
-    names = [name for name, _ in module.named_parameters()]
-
-    def call(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        output, states = functional_call(module, dict(zip(names, parameters, strict=True)), (x,), options)
-        return output, *(states if isinstance(states, tuple) else (states,))
-
-    return call
-
-
-def loss_of(module: nn.Module) -> Callable[[Any, Tensor], Any]:
-    return lambda parameters, x: functional_call(module, parameters, (x,))[0].pow(3).sum()
 
 
 @on_both

@@ -35,6 +35,16 @@ def empty_rows(x: Tensor, shape: tuple[int, ...], batch_major: bool, dtype: torc
     return x.new_empty_strided((steps, batch, *shape), (row, steps * row, *inner), dtype=dtype)
 
 
+def is_readable(tensor: Tensor) -> bool:
+    """Whether kernels can read the tensor as it is: the numbers of a row adjacent, none of them to be negated."""
+    return not tensor.is_neg() and (tensor.stride(-1) == 1 or tensor.shape[-1] <= 1)
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor as kernels can read it."""
+    return tensor if is_readable(tensor) else tensor.resolve_neg().contiguous()
+
+
 class Layer(NamedTuple):
     """One layer's call. T steps, B sequences, I inputs, H units, P outputs a direction (H, or proj_size), D directions,
     N real steps of all sequences."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rnnkern import checks
-from rnnkern.backends import Layer, Needs, Saved, States, compute_dtype
+from rnnkern.backends import Layer, Needs, Saved, States, compute_dtype, is_readable, readable
 from rnnkern.cells import Weights
 
 Layout = tuple[int, int, int, int]  # address, and what lies between steps, sequences and directions
@@ -131,17 +131,11 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg().contiguous()
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """The tensor as sweeps read rows: the numbers of one adjacent, none of them to be negated on the way."""
-    tensor = tensor.resolve_neg()
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
-
-
 def _layout(rows: Tensor | None, directions: int) -> Layout:
     """Of (T, B, D*n) or packed (N, D*n), which the caller keeps."""
     if rows is None:
         return NOTHING
-    assert _readable(rows) is rows
+    assert is_readable(rows)
     sequence = rows.stride(1) if rows.dim() == 3 else rows.stride(0)
     return rows.data_ptr(), rows.stride(0), sequence, rows.shape[-1] // directions
 
@@ -150,16 +144,11 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-class _Flat:
-    """Rows of a layer call as matrices (T*B, n) or (N, n), in the order in which they lie in memory."""
-
-    def __init__(self, layer: Layer) -> None:
-        self.batch_major, self.padded = layer.batch_major_rows, layer.x.dim() == 3
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        if rows.dim() == 2:
-            return rows
-        return (rows.transpose(0, 1) if self.batch_major else rows).flatten(0, 1)
+def _flat(layer: Layer, rows: Tensor) -> Tensor:
+    """Rows of a layer call as a matrix (T*B, n) or (N, n), in the order in which they lie in memory."""
+    if rows.dim() == 2:
+        return rows
+    return (rows.transpose(0, 1) if layer.batch_major_rows else rows).flatten(0, 1)
 
 
 def _part(matrix: Tensor, direction: int, directions: int) -> Tensor:
@@ -225,18 +214,18 @@ class SweepBackend:
         self, layer: Layer, saved: Saved, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, needs: Needs
     ) -> list[Tensor | None]:
         layer, sequences = _sequences(_prepared(layer), self.in_sight)
-        given, saved = None if dy is None else _readable(dy), saved._replace(y=_readable(saved.y))
+        given, saved = None if dy is None else readable(dy), saved._replace(y=readable(saved.y))
         rows = self._sweep_backward(layer, sequences, saved, given, dh_n, dc_n)
         with _products.as_in_sweeps(layer.x):
-            flat, real = _Flat(layer), _without_padding(layer, sequences)
+            real = _without_padding(layer, sequences) if any(w.weight_ih for w in needs.weights) else layer
             return [
-                _input_gradient(layer, flat, rows.dgx) if needs.x else None,
+                _input_gradient(layer, rows.dgx) if needs.x else None,
                 rows.dh0 if needs.h0 else None,
                 rows.dc if needs.c0 else None,
                 *(
                     gradient
                     for d, wanted in enumerate(needs.weights)
-                    for gradient in _weight_gradients(real, flat, rows, d, wanted)
+                    for gradient in _weight_gradients(real, rows, d, wanted)
                 ),
             ]
 
@@ -337,7 +326,7 @@ def _padded(layer: Layer, saved: Tensor | None) -> Any:
     """Saved rows (T, B, D, n), (T*B, D, n) or packed (N, D, n) as (T, B, D*n) or (N, D*n)."""
     if saved is None:
         return None
-    rows = _readable(saved.flatten(-2))
+    rows = readable(saved.flatten(-2))
     return rows if layer.lengths is None else rows.unflatten(0, tuple(layer.x.shape[:2]))
 
 
@@ -352,18 +341,17 @@ def _start(state: Tensor | None, like: Tensor | None, dtype: torch.dtype) -> Ten
 
 def _input_product(layer: Layer, gx: Tensor) -> None:
     """gx = x W_ih^T in the first G*H columns of each direction."""
-    flat, directions = _Flat(layer), len(layer.weights)
-    x, matrix = flat(layer.x), flat(gx)
+    directions, x, matrix = len(layer.weights), _flat(layer, layer.x), _flat(layer, gx)
     with _products.as_in_sweeps(layer.x):
         for d, weights in enumerate(layer.weights):
             columns = _part(matrix, d, directions)[:, : weights.weight_ih.shape[0]]
             _product(x, weights.weight_ih.t(), out=columns)
 
 
-def _input_gradient(layer: Layer, flat: _Flat, dgx: Tensor) -> Tensor:
+def _input_gradient(layer: Layer, dgx: Tensor) -> Tensor:
     """dx = the sum over directions of dgx W_ih."""
-    dx, matrix, directions = layer.rows(layer.x.shape[-1]), flat(dgx), len(layer.weights)
-    out = flat(dx)
+    dx, matrix, directions = layer.rows(layer.x.shape[-1]), _flat(layer, dgx), len(layer.weights)
+    out = _flat(layer, dx)
     for d, weights in enumerate(layer.weights):
         part = _part(matrix, d, directions)
         if d == 0:
@@ -373,17 +361,15 @@ def _input_gradient(layer: Layer, flat: _Flat, dgx: Tensor) -> Tensor:
     return dx
 
 
-def _weight_gradients(
-    layer: Layer, flat: _Flat, rows: _Gradients, d: int, wanted: Weights
-) -> tuple[Tensor | None, ...]:
+def _weight_gradients(layer: Layer, rows: _Gradients, d: int, wanted: Weights) -> tuple[Tensor | None, ...]:
     """dW_ih, dW_hh, db_ih, db_hh, dW_hr of a direction where wanted."""
 
     def part(given: Tensor | None) -> Tensor:
         assert given is not None
-        return _part(flat(given), d, len(layer.weights))
+        return _part(_flat(layer, given), d, len(layer.weights))
 
     return (
-        part(rows.dgx).t() @ flat(layer.x) if wanted.weight_ih else None,
+        part(rows.dgx).t() @ _flat(layer, layer.x) if wanted.weight_ih else None,
         part(rows.dgh).t() @ part(rows.h_prev) if wanted.weight_hh else None,
         part(rows.dgx).sum(0) if wanted.bias_ih else None,
         part(rows.dgh).sum(0) if wanted.bias_hh else None,

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnkern.backends import Layer, Needs, Saved, States
-from rnnkern.backends.numba_cpu.ahead import inference_plan, layer_plan, readable
+from rnnkern.backends import Layer, Needs, Saved, States, readable
+from rnnkern.backends.numba_cpu.ahead import inference_plan, layer_plan
 from rnnkern.backends.numba_cpu.kernels import KERNELS, pack_for_backward, pack_for_forward
 from rnnkern.backends.numba_cpu.plans import WEIGHTS, BackwardPlan, Cut, ForwardPlan
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnkern.backends import Layer, Saved, States, compute_dtype
+from rnnkern.backends import Layer, Saved, States, compute_dtype, is_readable, readable
 from rnnkern.backends.numba_cpu.kernels import KERNELS, pack_for_backward, pack_for_forward
 from rnnkern.backends.numba_cpu.plans import WEIGHTS, Address, BackwardPlan, ForwardPlan
 from rnnkern.cells import split_directions
@@ -18,16 +18,6 @@ from rnnkern.shortcut import Form
 MOST_KEPT_BYTES = 65536
 
 Numbers = dict[str, tuple[int, int]]  # of a tensor: which one of a call it is, and from which byte on
-
-
-def is_readable(tensor: Tensor) -> bool:
-    """Whether kernels can read the tensor as it is: the numbers of a row adjacent, none of them to be negated."""
-    return not tensor.is_neg() and (tensor.stride(-1) == 1 or tensor.shape[-1] <= 1)
-
-
-def readable(tensor: Tensor) -> Tensor:
-    """The tensor as kernels can read it."""
-    return tensor if is_readable(tensor) else tensor.resolve_neg().contiguous()
 
 
 def possible(x: Tensor, tensors: Sequence[Tensor]) -> bool:
