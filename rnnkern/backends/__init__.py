@@ -36,8 +36,9 @@ def empty_rows(x: Tensor, shape: tuple[int, ...], batch_major: bool, dtype: torc
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether kernels can read the tensor as it is: the numbers of a row adjacent, none of them to be negated."""
-    return not tensor.is_neg() and (tensor.stride(-1) == 1 or tensor.shape[-1] <= 1)
+    """Whether kernels can read the tensor as it is: the numbers of a row adjacent, none of them to be negated. A tensor
+    without numbers can be read with any strides: `contiguous` leaves them as they are."""
+    return not tensor.is_neg() and (tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 or tensor.numel() == 0)
 
 
 def readable(tensor: Tensor) -> Tensor:
