@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnkern
 from benchmarks.shapes import Shape
-from rnnkern.cells import CELLS as KINDS
+from rnnkern.cells import TORCH_CELLS as KINDS
 
 # cell -> name of the layer, and with "Cell" behind it of the cell, in torch.nn and in rnnkern
 CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}

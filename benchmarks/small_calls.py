@@ -15,7 +15,7 @@ import rnnkern
 from benchmarks import host
 from benchmarks.precisions import PRECISIONS, fp32_products
 from rnnkern.backends import select
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
 
 STEPS, BATCH, INPUTS = 3, 18, 5
 HIDDEN = (7, 40)  # read number by number, and by vectors
@@ -43,7 +43,7 @@ def run_all(device: str, backend: str) -> int:
     sweeps: Any = select(backend, torch.device(device)).forward.__self__  # type: ignore[attr-defined]
     count = 0
     for precision in PRECISIONS.values():
-        for cell, spec in CELLS.items():
+        for cell, spec in TORCH_CELLS.items():
             kind, _, nonlinearity = spec.mode.partition("_")
             named = {"nonlinearity": nonlinearity.lower()} if nonlinearity else {}
             for options in variants(cell):

@@ -8,7 +8,7 @@ import torch
 
 import rnnkern
 from rnnkern.backends import AUTO, BACKENDS
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
 
 
 def list_backends() -> None:
@@ -27,7 +27,7 @@ def warm(cells: list[str], dtypes: list[torch.dtype]) -> None:
 
     modules = {"LSTM": rnnkern.LSTM, "GRU": rnnkern.GRU, "RNN": rnnkern.RNN}
     for cell in cells:
-        kind, _, nonlinearity = CELLS[cell].mode.partition("_")
+        kind, _, nonlinearity = TORCH_CELLS[cell].mode.partition("_")
         options = {"nonlinearity": nonlinearity.lower()} if nonlinearity else {}
         for dtype in dtypes:
             start = time.perf_counter()
@@ -47,7 +47,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m rnnkern", description=__doc__)
     parser.add_argument("--warm", action="store_true", help="compile the kernels of the numba backend into its cache")
     parser.add_argument(
-        "--cells", nargs="+", choices=list(CELLS), default=list(CELLS), help="which cells to warm (default: all)"
+        "--cells",
+        nargs="+",
+        choices=list(TORCH_CELLS),
+        default=list(TORCH_CELLS),
+        help="which cells to warm (default: all)",
     )
     parser.add_argument(
         "--dtypes",

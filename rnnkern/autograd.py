@@ -9,37 +9,52 @@ are left out too.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rnnkern import backends, checks, compat, layer, reference, torch_kernels
-from rnnkern.backends import Saved, compute_dtype, empty_rows
-from rnnkern.cells import CELLS, split_directions
-from rnnkern.layer import Operands, Results, Settings
+from rnnkern import checks, compat, layer, reference, torch_kernels
+from rnnkern.backends import Cotangents, Saved, compute_dtype, empty_rows
+from rnnkern.layer import FIXED, Operands, Results, Settings, from_flat
 
 _library = torch.library.Library("rnnkern", "DEF")
-_OPERANDS = "Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? batch_sizes"
-_SETTINGS = "str cell, str backend, bool batch_major"
+_SETTINGS = (
+    "str cell, str backend, bool batch_major, bool peephole, bool layer_norm, float zoneout_h, float zoneout_c, "
+    "bool recompute, bool states"
+)
+_OPERANDS = (
+    "Tensor? lengths, Tensor? batch_sizes, Tensor? input_mask, Tensor? recurrent_mask, Tensor? zoneout_mask_h, "
+    "Tensor? zoneout_mask_c, Tensor? reset, Tensor x, Tensor h0, Tensor? c0, Tensor? reset_h, Tensor? reset_c, "
+    "Tensor[] weights"
+)
 _library.define(
     f"layer({_SETTINGS}, {_OPERANDS}, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
 )
 _library.define(
     f"layer_backward({_SETTINGS}, {_OPERANDS}, Tensor y, Tensor gates, Tensor cells, "
-    "Tensor? dy, Tensor? dh_n, Tensor? dc_n, bool[] needs) -> Tensor[]"
+    "Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, bool[] needs) -> Tensor[]"
 )
+_OWN = len(Settings._fields)  # so many first arguments of an operator or Function
+_ALL = _OWN + len(Operands._fields)
 
 
-def _layer(cell: str, backend: str, batch_major: bool, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *operands, save = rest
-    given = _operands(x, *operands)
+def _arguments(args: Sequence[Any]) -> tuple[Settings, Operands]:
+    """The settings and operands that an operator's arguments begin with."""
+    *operands, weights = args[_OWN:_ALL]
+    return Settings(*args[:_OWN]), Operands(*operands, tuple(weights))  # type: ignore[call-arg]
+
+
+def _layer(*args: Any) -> tuple[Tensor, ...]:
+    settings, operands = _arguments(args)
+    x, save = operands.x, args[_ALL]
     with torch.no_grad(), compat.without_autocast(x.device.type):
-        results = layer.forward(Settings(cell, backend, batch_major), given, save)
-    if given.lengths is None or not save:
+        results = layer.forward(settings, operands, save)
+    if operands.lengths is None or not save:
         return tuple(results)
     count = x.shape[0] * x.shape[1]
-    return *results[:3], _fill_up(results.gates, count), _fill_up(results.cells, count)
+    cells = results.cells if settings.states else _fill_up(results.cells, count)
+    return *results[:3], _fill_up(results.gates, count), cells
 
 
 def _fill_up(rows: Tensor, count: int) -> Tensor:
@@ -49,16 +64,11 @@ def _fill_up(rows: Tensor, count: int) -> Tensor:
     return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])])
 
 
-def _layer_backward(cell: str, backend: str, batch_major: bool, x: Tensor, *rest: Any) -> list[Tensor]:
-    operands, saved, grads, needs = rest[:5], rest[5:8], rest[8:11], rest[11]
-    with torch.no_grad(), compat.without_autocast(x.device.type):
-        return layer.backward(
-            Settings(cell, backend, batch_major), _operands(x, *operands), Saved(*saved), grads, needs
-        )
-
-
-def _operands(x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Tensor], *sizes: Tensor | None) -> Operands:
-    return Operands(x, h0, c0, tuple(weights), *sizes)
+def _layer_backward(*args: Any) -> list[Tensor]:
+    settings, operands = _arguments(args)
+    saved, grads, needs = args[_ALL : _ALL + 3], args[_ALL + 3 : -1], args[-1]
+    with torch.no_grad(), compat.without_autocast(operands.x.device.type):
+        return layer.backward(settings, operands, Saved(*saved), Cotangents(*grads), needs)
 
 
 _library.impl("layer", _layer, "CompositeExplicitAutograd")
@@ -77,57 +87,45 @@ def _fake_state(state: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("rnnkern::layer", lib=_library)  # type: ignore[untyped-decorator]
-def _layer_fake(
-    cell: str,
-    backend: str,
-    batch_major: bool,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, ...]:
-    spec, layer_weights, dtype = CELLS[cell], split_directions(weights, h0.shape[0]), compute_dtype(x.dtype)
-    directions, hidden = len(layer_weights), layer_weights[0].weight_hh.shape[0] // len(spec.gates)
+def _layer_fake(*args: Any) -> tuple[Tensor, ...]:
+    settings, operands = _arguments(args)
+    spec, x, h0, lengths, save = settings.spec, operands.x, operands.h0, operands.lengths, args[_ALL]
+    weights, dtype = settings.directions(operands.weights, h0.shape[0]), compute_dtype(x.dtype)
+    directions, hidden = len(weights), weights[0].weight_hh.shape[0] // len(spec.gates)
 
     def saved(blocks: int) -> Tensor:
         if not (save and blocks):
             return x.new_empty(0, dtype=dtype)
         if lengths is not None:
             return x.new_empty(x.shape[0] * x.shape[1], directions, blocks * hidden, dtype=dtype)
-        return _fake_rows(x, (directions, blocks * hidden), None, batch_major, dtype)
+        return _fake_rows(x, (directions, blocks * hidden), None, settings.batch_major, dtype)
 
-    y = _fake_rows(x, (directions * h0.shape[2],), lengths, batch_major)
-    c_n = x.new_empty(0) if c0 is None else _fake_state(c0)
-    return y, _fake_state(h0), c_n, saved(len(spec.saved)), saved(int(spec.has_c))
+    y = _fake_rows(x, (directions * h0.shape[2],), lengths, settings.batch_major)
+    c_n = x.new_empty(0) if operands.c0 is None else _fake_state(operands.c0)
+    zones = operands.zoneout_mask_h is not None or settings.zoneout_h != 0
+    gates = saved(0 if settings.recompute else spec.kept(zones, settings.layer_norm))
+    if settings.states and spec.has_c:
+        cells = _fake_rows(x, (directions, hidden), lengths, settings.batch_major, dtype)
+    else:
+        cells = saved(int(spec.has_c))
+    return y, _fake_state(h0), c_n, gates, cells
 
 
 @torch.library.register_fake("rnnkern::layer_backward", lib=_library)  # type: ignore[untyped-decorator]
-def _layer_backward_fake(
-    cell: str,
-    backend: str,
-    batch_major: bool,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    lengths: Tensor | None,
-    *rest: Any,
-) -> list[Tensor]:
-    needs = rest[-1]
-    dx = _fake_rows(x, (x.shape[-1],), lengths, batch_major)
-    of = [dx, *(None if t is None else _fake_state(t) for t in (h0, c0, *weights))]
-    return [gradient for gradient, needed in zip(of, needs, strict=True) if needed and gradient is not None]
+def _layer_backward_fake(*args: Any) -> list[Tensor]:
+    settings, operands = _arguments(args)
+    x, *others = operands.flat()[FIXED:]
+    assert x is not None
+    dx = _fake_rows(x, (x.shape[-1],), operands.lengths, settings.batch_major)
+    of = [dx, *(None if t is None else _fake_state(t) for t in others)]
+    return [gradient for gradient, needed in zip(of, args[-1], strict=True) if needed and gradient is not None]
 
 
 def _direct(operands: Operands) -> bool:
     """Whether the body of an operator may be called past the dispatcher."""
-    tensors = (operands.x, operands.h0, operands.c0, *operands.weights, operands.lengths, operands.batch_sizes)
     return (
         compat.in_plain_eager()
-        and all(compat.is_plain(t) for t in tensors if t is not None)
+        and all(compat.is_plain(t) for t in operands.flat() if t is not None)
         and compat.autocast_dtype(operands.x.device.type) is None
     )
 
@@ -139,24 +137,12 @@ def _forward(settings: Settings, operands: Operands, save: bool) -> Results:
 
 
 def _backward(
-    settings: Settings, operands: Operands, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
+    settings: Settings, operands: Operands, saved: Saved, grads: Cotangents, needs: Sequence[bool]
 ) -> list[Tensor]:
     if _direct(operands) and all(compat.is_plain(t) for t in (*saved, *grads) if t is not None):
         return layer.backward(settings, operands, saved, grads, needs)
     found: list[Tensor] = torch.ops.rnnkern.layer_backward(*settings, *operands, *saved, *grads, needs)
     return found
-
-
-def _tensors(operands: Operands) -> tuple[Tensor | None, ...]:
-    """Operands as a flat list, those that may carry a gradient (x, h0, c0, weights) last."""
-    return (operands.lengths, operands.batch_sizes, operands.x, operands.h0, operands.c0, *operands.weights)
-
-
-def _from_tensors(tensors: Sequence[Tensor | None]) -> Operands:
-    lengths, batch_sizes, x, h0, c0, *weights = tensors
-    assert x is not None
-    assert h0 is not None
-    return Operands(x, h0, c0, tuple(weights), lengths, batch_sizes)  # type: ignore[arg-type]
 
 
 def _vmap_loop(
@@ -187,39 +173,42 @@ def refuse_batched(grads: Sequence[Tensor | None]) -> None:
 
 
 class LayerFunction(torch.autograd.Function):
-    """(y, h_n, c_n, gates, cells) of a layer call; the last two, what backward saves, are returned so that second
-    derivatives see them."""
+    """`Results` of a layer call from its settings and flat operands; what backward saves is returned so that second
+    derivatives see it."""
 
     @staticmethod
-    def forward(cell: str, backend: str, batch_major: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(_forward(Settings(cell, backend, batch_major), _from_tensors(tensors), save=True))
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(_forward(Settings(*args[:_OWN]), from_flat(args[_OWN:]), save=True))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.settings, tensors = inputs[:3], inputs[3:]
+        ctx.settings, tensors = inputs[:_OWN], inputs[_OWN:]
         ctx.count = len(tensors)
         y, _, c_n, gates, cells = output
-        has_c = _from_tensors(tensors).c0 is not None
-        ctx.mark_non_differentiable(*((gates, cells) if has_c else (c_n, gates, cells)))
+        has_c, states = from_flat(tensors).c0 is not None, Settings(*ctx.settings).states
+        ctx.mark_non_differentiable(*(() if has_c else (c_n,)), gates, *(() if has_c and states else (cells,)))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, y, gates, cells)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        settings = Settings(*ctx.settings)
         kept = ctx.saved_tensors  # asked for once: checkpoint recomputes at each look
         tensors, saved = kept[: ctx.count], Saved(*kept[ctx.count :])
-        needs = tuple(ctx.needs_input_grad[5:])
-        nothing: tuple[None, ...] = (None,) * (3 + ctx.count)
-        wanted = (grads[0], grads[1], grads[2] if tensors[4] is not None else None)
+        before = _OWN + FIXED
+        needs: tuple[bool, ...] = tuple(ctx.needs_input_grad[before:])
+        has_c = settings.spec.has_c
+        dy, dh_n, dc_n, _, dcells = grads
+        wanted = Cotangents(dy, dh_n, dc_n if has_c else None, dcells if has_c and settings.states else None)
         if all(g is None for g in wanted) or not any(needs):
-            return nothing
+            return (None,) * (before + len(needs))
         refuse_batched(wanted)
         if torch.is_grad_enabled() or compat.in_transform():
-            found = LayerGradient.apply(*ctx.settings, needs, *tensors, *saved, *wanted)  # type: ignore[no-untyped-call]
+            found = LayerGradient.apply(*settings, needs, *tensors, *saved, *wanted)  # type: ignore[no-untyped-call]
         else:
-            found = _backward(Settings(*ctx.settings), _from_tensors(tensors), saved, wanted, needs)
+            found = _backward(settings, from_flat(tensors), saved, wanted, needs)
         gradients = iter(found)
-        return (*(None,) * 5, *(next(gradients) if needed else None for needed in needs))
+        return (*(None,) * before, *(next(gradients) if needed else None for needed in needs))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
@@ -227,30 +216,29 @@ class LayerFunction(torch.autograd.Function):
 
 
 class LayerGradient(torch.autograd.Function):
-    """The gradients that `needs` asks for. Its own derivative is that of the oracle, recomputed from the inputs."""
+    """The gradients that `needs` asks for, from settings, needs, flat operands, what is saved and the gradients of
+    results. Its own derivative is that of the oracle, recomputed from the inputs."""
 
     @staticmethod
-    def forward(
-        cell: str, backend: str, batch_major: bool, needs: tuple[bool, ...], *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        count = 2 + len(needs)
-        saved = Saved(*tensors[count : count + 3])  # type: ignore[arg-type]
-        settings = Settings(cell, backend, batch_major)
-        return tuple(_backward(settings, _from_tensors(tensors[:count]), saved, tensors[count + 3 :], needs))
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        needs, tensors = args[_OWN], args[_OWN + 1 :]
+        count = FIXED + len(needs)
+        saved, grads = Saved(*tensors[count : count + 3]), Cotangents(*tensors[count + 3 :])
+        return tuple(_backward(Settings(*args[:_OWN]), from_flat(tensors[:count]), saved, grads, needs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.settings, ctx.needs, tensors = inputs[:3], inputs[3], inputs[4:]
-        count = 2 + len(ctx.needs)
+        ctx.settings, ctx.needs, tensors = inputs[:_OWN], inputs[_OWN], inputs[_OWN + 1 :]
+        count = FIXED + len(ctx.needs)
         ctx.save_for_backward(*tensors[:count], *tensors[count + 3 :])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        count = 2 + len(ctx.needs)
+        count = FIXED + len(ctx.needs)
         kept = ctx.saved_tensors
         tensors, grads = kept[:count], kept[count:]
         second = _second_derivatives(Settings(*ctx.settings), ctx.needs, tensors, grads, cotangents)
-        return (*(None,) * 4, *second[:count], *(None,) * 3, *second[count:])
+        return (*(None,) * (_OWN + 1), *second[:count], *(None,) * 3, *second[count:])
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
@@ -265,7 +253,7 @@ def _second_derivatives(
     cotangents: Sequence[Tensor],
 ) -> list[Tensor | None]:
     """The gradients, for `tensors` and `grads`, of the pairing of a layer's gradients with `cotangents`."""
-    sizes, inputs = tensors[:2], list(tensors[2:])
+    fixed, inputs = tensors[:FIXED], list(tensors[FIXED:])
     variable = [i for i, tensor in enumerate(inputs) if tensor is not None]
     given = [i for i, grad in enumerate(grads) if grad is not None]
 
@@ -273,7 +261,7 @@ def _second_derivatives(
         filled = list(inputs)
         for i, value in zip(variable, values, strict=True):
             filled[i] = value
-        results = _differentiable(settings, _from_tensors((*sizes, *filled)))
+        results = _differentiable(settings, from_flat((*fixed, *filled)))
         return tuple(results[i] for i in given)  # type: ignore[misc]
 
     def gradients(*values: Tensor) -> tuple[Tensor, ...]:
@@ -286,27 +274,34 @@ def _second_derivatives(
     second = iter(pullback(tuple(cotangents)))
     by_input = {i: next(second) for i in variable}
     by_grad = {i: next(second) for i in given}
-    return [None, None, *(by_input.get(i) for i in range(len(inputs))), *(by_grad.get(i) for i in range(len(grads)))]
+    return [
+        *(None,) * FIXED,
+        *(by_input.get(i) for i in range(len(inputs))),
+        *(by_grad.get(i) for i in range(len(grads))),
+    ]
 
 
 def _differentiable(settings: Settings, operands: Operands) -> tuple[Tensor | None, ...]:
-    """(y, h_n, c_n) by the oracle, in operations that torch can differentiate."""
-    prepared = layer.prepare(settings, operands)
-    return layer.finish(reference.forward(prepared, save=False), operands.x.dtype)
+    """(y, h_n, c_n, cells) by the oracle, in operations that torch can differentiate."""
+    states = reference.forward(layer.prepare(settings, operands), save=False)
+    return *layer.finish(states, operands.x.dtype), states.cells
 
 
-def apply_layer(settings: Settings, operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(y, h_n, c_n) of one layer, differentiable where an operand asks for it; c_n is None for a cell without c."""
-    if backends.torch_serves(settings.backend, operands.x.device):
-        checks.operands(
-            CELLS[settings.cell],
-            operands.x,
-            operands.h0,
-            operands.c0,
-            split_directions(operands.weights, operands.h0.shape[0]),
-        )
-        return torch_kernels.run_layer(settings, operands)
-    tensors = _tensors(operands)
+class LayerResults(NamedTuple):
+    """What a layer call gives its caller."""
+
+    y: Tensor  # (T, B, D*P) or (N, D*P)
+    h_n: Tensor  # (D, B, P)
+    c_n: Tensor | None  # (D, B, H), of a cell with c
+    cells: Tensor | None  # (T, B, D, H) or (N, D, H): c of every step, with `Settings.states`
+
+
+def apply_layer(settings: Settings, operands: Operands) -> LayerResults:
+    """One layer, differentiable where an operand asks for it."""
+    if torch_kernels.serve(settings, operands):
+        checks.operands(settings.spec, operands, settings.directions(operands.weights, operands.h0.shape[0]))
+        return LayerResults(*torch_kernels.run_layer(settings, operands), cells=None)
+    tensors = operands.flat()
     if any(t is not None and compat.has_tangent(t) for t in tensors):
         raise NotImplementedError(
             "rnnkern has no forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad); use reverse mode, "
@@ -316,7 +311,9 @@ def apply_layer(settings: Settings, operands: Operands) -> tuple[Tensor, Tensor,
     # torch.jit.trace cannot keep a Python Function in what it saves: it gets the operator, and torch warns of a
     # backward through that.
     if compat.in_transform() or (wanted and not compat.in_jit_trace()):
-        y, h_n, c_n, _, _ = LayerFunction.apply(*settings, *tensors)  # type: ignore[no-untyped-call]
+        y, h_n, c_n, _, cells = LayerFunction.apply(*settings, *tensors)  # type: ignore[no-untyped-call]
     else:
-        y, h_n, c_n, _, _ = _forward(settings, operands, save=False)
-    return y, h_n, None if operands.c0 is None else c_n
+        y, h_n, c_n, _, cells = _forward(settings, operands, save=False)
+    if operands.c0 is None:
+        return LayerResults(y, h_n, None, None)
+    return LayerResults(y, h_n, c_n, cells.to(y.dtype) if settings.states else None)

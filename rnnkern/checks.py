@@ -5,12 +5,16 @@ A message names the argument, what was expected, what came, and what to do where
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern.cells import CellSpec, Weights
+
+if TYPE_CHECKING:
+    from rnnkern.layer import Operands
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -19,8 +23,9 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def operands(cell: CellSpec, x: Tensor, h0: Tensor, c0: Tensor | None, weights: tuple[Weights, ...]) -> None:
-    """The sizes and devices of one layer's operands: what a kernel takes on trust. x is (T, B, I) or packed (N, I)."""
+def operands(cell: CellSpec, given: "Operands", weights: tuple[Weights, ...]) -> None:
+    """The sizes, dtypes and devices of one layer's operands: what a kernel takes on trust."""
+    x, h0, c0 = given.x, given.h0, given.c0
     if x.dtype not in DTYPES:
         raise RuntimeError(
             f"input: expected one of {', '.join(str(dtype) for dtype in DTYPES)}, got {x.dtype}; "
@@ -35,6 +40,13 @@ def operands(cell: CellSpec, x: Tensor, h0: Tensor, c0: Tensor | None, weights: 
             "bias_ih": (gates * hidden,),
             "bias_hh": (gates * hidden,),
             "weight_hr": (outputs, hidden),
+            "weight_ch": (3 * hidden,),
+            "ln_ih_weight": (gates * hidden,),
+            "ln_ih_bias": (gates * hidden,),
+            "ln_hh_weight": (gates * hidden,),
+            "ln_hh_bias": (gates * hidden,),
+            "ln_c_weight": (hidden,),
+            "ln_c_bias": (hidden,),
         }
         if w.weight_hr is not None and not cell.has_c:
             raise RuntimeError(
@@ -62,12 +74,36 @@ def operands(cell: CellSpec, x: Tensor, h0: Tensor, c0: Tensor | None, weights: 
         _same_kind(name, state, x)
     if x.dim() == 3 and x.shape[0] == 0:
         raise RuntimeError("input: expected at least one step, got a sequence of length 0")
+    _masks(given, len(weights), hidden)
 
 
-def _same_kind(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.dtype != x.dtype:
+def _masks(given: "Operands", directions: int, hidden: int) -> None:
+    """Masks and resets, which functional.py draws and lays out."""
+    x, (_, batch, outputs), rows = given.x, given.h0.shape, tuple(given.x.shape[:-1])
+    expected: dict[str, list[tuple[int, ...]]] = {
+        "input_mask": [(directions, batch, x.shape[-1])],
+        "recurrent_mask": [(directions, batch, outputs)],
+        "zoneout_mask_h": [(*rows, directions * outputs)],
+        "zoneout_mask_c": [(*rows, directions * hidden)],
+        "reset": [rows] if x.dim() == 3 and directions == 1 else [],
+        "reset_h": [(batch, outputs), (*rows, outputs)],
+        "reset_c": [(batch, hidden), (*rows, hidden)],
+    }
+    for name, shapes in expected.items():
+        tensor = getattr(given, name)
+        if tensor is None:
+            continue
+        if _shape(tensor) not in shapes:
+            wanted = " or ".join(map(str, shapes)) or "none"
+            raise RuntimeError(f"{name}: expected shape {wanted}, got {_shape(tensor)}")
+        _same_kind(name, tensor, x, torch.bool if name.startswith("zoneout") or name == "reset" else x.dtype)
+
+
+def _same_kind(name: str, tensor: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> None:
+    if tensor.dtype != (dtype or x.dtype):
         raise RuntimeError(
-            f"{name}: expected dtype {x.dtype}, that of the input, got {tensor.dtype}; "
+            f"{name}: expected dtype {dtype or x.dtype}{', that of the input' if dtype is None else ''}, "
+            f"got {tensor.dtype}; "
             "convert one of them with .to(dtype)"
         )
     if tensor.device != x.device:

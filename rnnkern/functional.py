@@ -17,7 +17,7 @@ from rnnkern.autograd import apply_layer
 from rnnkern.backends import backend_names
 from rnnkern.cells import CELLS, CellSpec, Weights, named_weights
 from rnnkern.compat import autocast_dtype
-from rnnkern.layer import Operands, Settings
+from rnnkern.layer import Settings, plain_operands
 
 LayerWeights = Sequence[Sequence[Tensor]]
 States = tuple[Tensor, ...]
@@ -74,8 +74,8 @@ def _layers(
         if first and stack.dropout and stack.training:
             x = _dropout(stack, x)
         h0, c0 = hx[0][first : first + count], hx[1][first : first + count] if stack.cell.has_c else None
-        weights = tuple(t for w in stack.weights[first : first + count] for t in w if t is not None)
-        x, h_n, c_n = apply_layer(settings, Operands(x, h0, c0, weights, lengths, batch_sizes))
+        weights = tuple(t for w in stack.weights[first : first + count] for t in w.present())
+        x, h_n, c_n, _ = apply_layer(settings, plain_operands(x, h0, c0, weights, lengths, batch_sizes))
         finals.append((h_n,) if c_n is None else (h_n, c_n))
     if len(finals) == 1:
         return x, finals[0]
@@ -181,7 +181,7 @@ def _ordinary(
     stack = _Stack(
         CELLS[cell],
         who,
-        [named_weights(flat) for flat in weights],
+        [named_weights(CELLS[cell], flat) for flat in weights],
         directions=2 if options.bidirectional else 1,
         dropout=options.dropout,
         training=options.training,

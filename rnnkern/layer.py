@@ -4,39 +4,88 @@ T steps, B sequences, I inputs, H units, P outputs a direction, D directions, N 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rnnkern import checks
-from rnnkern.backends import Layer, Needs, Saved, States, compute_dtype, select
-from rnnkern.cells import CELLS, split_directions
+from rnnkern.backends import Cotangents, Extras, Layer, Needs, Saved, States, compute_dtype, select
+from rnnkern.cells import CELLS, CellSpec, Weights, split_directions
 from rnnkern.packing import sort_lengths
 
 
 class Settings(NamedTuple):
-    """What a layer call is, apart from its tensors."""
+    """What a layer call is, apart from its tensors. The last are fields of `Extras`."""
 
     cell: str
     backend: str
     batch_major: bool  # x (T, B, I) is a transposed (B, T, I), and so shall be the results
+    peephole: bool = False  # the weights have weight_ch
+    layer_norm: bool = False  # the weights have those of LayerNorm
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
+    recompute: bool = False
+    states: bool = False
+
+    @property
+    def spec(self) -> CellSpec:
+        """The cell's entry in the table."""
+        return CELLS[self.cell]
+
+    def directions(self, flat: Sequence[Any], directions: int) -> tuple[Weights, ...]:
+        """`Operands.weights`, or something for each of them, by direction and name."""
+        return split_directions(self.spec, flat, directions, self.peephole, self.layer_norm)
 
 
 class Operands(NamedTuple):
-    """The tensors of a layer call, those that may carry a gradient first."""
+    """The tensors of a layer call. Those of the first line never carry a gradient, the others may; masks and resets are
+    fields of `Extras`."""
 
+    lengths: Tensor | None  # (B,) int64: x is padded
+    batch_sizes: Tensor | None  # (T,) int64: x is packed
+    input_mask: Tensor | None
+    recurrent_mask: Tensor | None
+    zoneout_mask_h: Tensor | None
+    zoneout_mask_c: Tensor | None
+    reset: Tensor | None
     x: Tensor  # (T, B, I), or (N, I) with batch_sizes
     h0: Tensor  # (D, B, P)
     c0: Tensor | None  # (D, B, H)
+    reset_h: Tensor | None
+    reset_c: Tensor | None
     weights: tuple[Tensor, ...]  # the fields of `Weights` that are there, one direction after the other
-    lengths: Tensor | None  # (B,) int64: x is padded
-    batch_sizes: Tensor | None  # (T,) int64: x is packed
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """As a flat list, weights at its end."""
+        return (*self[:-1], *self.weights)
+
+
+FIXED = Operands._fields.index("x")  # so many first ones never carry a gradient
+
+
+def from_flat(tensors: Sequence[Any]) -> Operands:
+    """`Operands.flat` undone."""
+    count = len(Operands._fields) - 1
+    return Operands(*tensors[:count], tuple(tensors[count:]))  # type: ignore[call-arg]
+
+
+def plain_operands(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: tuple[Tensor, ...],
+    lengths: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+) -> Operands:
+    """Operands of a call without masks and resets."""
+    return Operands(lengths, batch_sizes, None, None, None, None, None, x, h0, c0, None, None, weights)
 
 
 class Results(NamedTuple):
     """What a layer call gives. The last two are what backward needs: in the dtype computed in, one row for each real
-    step and sequence, empty when nothing is saved. More rows behind those do no harm.
+    step and sequence, empty when nothing is saved. More rows behind those do no harm. With `Settings.states` cells are
+    a result as well, in the rows of y, zero past a length.
     """
 
     y: Tensor  # (T, B, D*P) or (N, D*P)
@@ -49,25 +98,40 @@ class Results(NamedTuple):
 def prepare(settings: Settings, operands: Operands, as_given: bool = False) -> Layer:
     """A backend's view of the call (see `Backend.as_given`). Differentiable."""
     directions = operands.h0.shape[0]
-    checks.operands(
-        CELLS[settings.cell], operands.x, operands.h0, operands.c0, split_directions(operands.weights, directions)
-    )
+    checks.operands(settings.spec, operands, settings.directions(operands.weights, directions))
     order, batch_sizes = None, operands.batch_sizes
     if operands.lengths is not None and not as_given:
         order, batch_sizes = sort_lengths(operands.lengths.cpu(), operands.x.shape[0])
     elif batch_sizes is not None:
         checks.batch_sizes(batch_sizes, rows=operands.x.shape[0], batch=operands.h0.shape[1])
     dtype = operands.x.dtype if as_given else compute_dtype(operands.x.dtype)
+
+    def given(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(dtype)
+
     return Layer(
-        cell=CELLS[settings.cell],
+        cell=settings.spec,
         x=operands.x.to(dtype),
         h0=operands.h0.to(dtype),
-        c0=None if operands.c0 is None else operands.c0.to(dtype),
-        weights=split_directions([w.to(dtype) for w in operands.weights], directions),
+        c0=given(operands.c0),
+        weights=settings.directions([w.to(dtype) for w in operands.weights], directions),
         batch_sizes=batch_sizes,
         order=order,
         lengths=operands.lengths if as_given else None,
         batch_major=settings.batch_major,
+        extras=Extras(
+            given(operands.input_mask),
+            given(operands.recurrent_mask),
+            operands.zoneout_mask_h,
+            operands.zoneout_mask_c,
+            operands.reset,
+            given(operands.reset_h),
+            given(operands.reset_c),
+            settings.zoneout_h,
+            settings.zoneout_c,
+            settings.recompute,
+            settings.states,
+        ),
     )
 
 
@@ -92,20 +156,15 @@ def forward(settings: Settings, operands: Operands, save: bool) -> Results:
 
 
 def backward(
-    settings: Settings, operands: Operands, saved: Saved, grads: Sequence[Tensor | None], needs: Sequence[bool]
+    settings: Settings, operands: Operands, saved: Saved, grads: Cotangents, needs: Sequence[bool]
 ) -> list[Tensor]:
-    """The gradients of x, h0, c0 and all weights where `needs` is true, in this order.
-
-    `grads` are those of y, h_n and c_n, None for zero; at least one is given.
-    """
+    """The gradients of x, h0, c0, reset_h, reset_c and all weights where `needs` is true, in this order; at least one
+    of `grads` is given."""
     backend = select(settings.backend, operands.x.device)
     layer = prepare(settings, operands, backend.as_given)
     dtype = layer.x.dtype
-    kept = Saved(
-        saved.y.to(dtype), saved.gates if layer.cell.saved else None, saved.cells if layer.cell.has_c else None
-    )
-    dy, dh_n, dc_n = (None if g is None else g.to(dtype) for g in grads)
-    of_weights = split_directions(needs[3:], len(layer.weights))  # type: ignore[arg-type]
-    wanted = Needs(needs[0], needs[1], needs[2], of_weights)
-    found = backend.backward(layer, kept, dy, dh_n, dc_n, wanted)
+    kept = Saved(saved.y.to(dtype), saved.gates if layer.kept else None, saved.cells if layer.cell.has_c else None)
+    x, h0, c0, reset_h, reset_c, *of_weights = needs
+    wanted = Needs(x, h0, c0, reset_h, reset_c, settings.directions(of_weights, len(layer.weights)))
+    found = backend.backward(layer, kept, grads.map(lambda g: g.to(dtype)), wanted)
     return [g.to(operands.x.dtype) for g in found if g is not None]

@@ -18,7 +18,7 @@ from rnnkern.backends import backend_names
 from rnnkern.cells import CELL_OF_MODE, CELLS, CellSpec, Weights
 from rnnkern.compat import autocast_dtype
 from rnnkern.functional import Options, States, one_state, run
-from rnnkern.layer import Operands, Settings
+from rnnkern.layer import Settings, plain_operands
 
 NO_SCRIPT = (
     "torch.jit.script cannot compile rnnkern.{}; script the model with torch.nn's own modules, "
@@ -305,9 +305,9 @@ class _Cell(_Shared, torch.nn.RNNCellBase):
         checks.cell_input(input, weights.weight_ih, who)
         checks.cell_states(hx, spec.states, input, weights.weight_hh.shape[1], who)
         h0, c0 = hx[0].unsqueeze(0), hx[1].unsqueeze(0) if spec.has_c else None
-        operands = Operands(input.unsqueeze(0), h0, c0, tuple(w for w in weights if w is not None), None, None)
-        _, h, c = apply_layer(Settings(cell, self.backend, False), operands)
-        states = (h[0],) if c is None else (h[0], c[0])
+        operands = plain_operands(input.unsqueeze(0), h0, c0, tuple(weights.present()))
+        results = apply_layer(Settings(cell, self.backend, False), operands)
+        states = tuple(state[0] for state in (results.h_n, results.c_n) if state is not None)
         return tuple(s.squeeze(0) for s in states) if unbatched else states
 
 

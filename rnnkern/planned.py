@@ -8,7 +8,8 @@ from torch import Tensor
 
 from rnnkern import compat
 from rnnkern.autograd import LayerGradient, refuse_batched
-from rnnkern.backends import LayerPlan, select
+from rnnkern.backends import Cotangents, LayerPlan, select
+from rnnkern.layer import Settings, plain_operands
 from rnnkern.shortcut import Form, Plan
 
 
@@ -113,13 +114,14 @@ def _again(
         *(None if g is None else form.state(g, x) for g in (dh_n, dc_n)),
     )
     of_states = [*needs[1 : 1 + len(given)], False, False][:2]
-    wanted = (needs[0], *of_states, *needs[1 + len(given) :])
+    wanted = (needs[0], *of_states, False, False, *needs[1 + len(given) :])
+    settings = Settings(form.cell, form.backend, form.batch_first and x.dim() == 3)
+    operands = plain_operands(rows, states[0], states[1], tuple(weights))  # type: ignore[arg-type]
     found = iter(
         LayerGradient.apply(  # type: ignore[no-untyped-call]
-            form.cell, form.backend, form.batch_first and x.dim() == 3, wanted,
-            None, None, rows, *states, *weights, y, gates, cells, *of_results,
+            *settings, wanted, *operands.flat(), y, gates, cells, *Cotangents(*of_results)
         )
-    )  # fmt: skip
+    )
     results: list[Tensor | None] = [form.rows_back(next(found), x) if needs[0] else None]
     results += [form.state_back(next(found), x) if need else None for need in needs[1 : 1 + len(given)]]
     return results + [next(found) if need else None for need in needs[1 + len(given) :]]

@@ -1,24 +1,17 @@
-"""The oracle: every cell's step, the sweep over a sequence, and its backward written out by hand, in plain torch.
+"""The oracle: a layer's sweeps over a sequence, forward and backward, in plain torch, around the equations of
+reference_cells.py.
 
 Slow, and meant to be read: any device, any dtype, differentiable any number of times. Every kernel is tested against
 it, and second derivatives go through it (rnnkern/autograd.py).
 
-A step takes the pre-activations gx = W_ih x_t + b_ih and gh = W_hh h_{t-1} + b_hh, (B, G*H) each. With * elementwise,
-s the sigmoid:
+A step t of the backward sweep, where dh and dc are what has reached its h and c:
 
-    LSTM   i, f, o = s(gx + gh),  g = tanh(gx + gh)     c = f*c' + i*g      h = o*tanh(c)
-    GRU    r, z = s(gx + gh),  n = tanh(gx_n + r*gh_n)  h = (1-z)*n + z*h'
-    RNN    h = tanh(gx + gh)  or  relu(gx + gh)
-
-(LSTM: Hochreiter 1997, Gers 2000. GRU: Cho 2014, reset after the product as in cuDNN. RNN: Elman 1990.)
-(' marks the value of the step before.) Backward, with s' = s(1-s) and tanh' = 1 - tanh^2 in terms of the outputs:
-
-    LSTM   dc += dh*o*(1-tanh(c)^2);  di = dc*g*i(1-i);  df = dc*c'*f(1-f);  dg = dc*i*(1-g^2)
-           do = dh*tanh(c)*o(1-o);  dc' = dc*f
-    GRU    dn = dh*(1-z)*(1-n^2);  dr = dn*gh_n*r(1-r);  dz = dh*(h'-n)*z(1-z);  of gh_n: dn*r;  straight to h': dh*z
-    RNN    dh*(1-h^2)  or  0 where h <= 0, else dh
-
-and dh' = (what goes straight) + dgh W_hh.
+    dh += dy_t                    dc += dcells_t
+    (straight to h', dp) = zone'(dh)                       zoneout acts on the projected h
+    dm = dp W_hr, or dp           (dgx, dgh, dc, ...) = the cell's backward of dm
+    dgx, dgh = LN'(dgx), LN'(dgh)                          where products are normalised
+    dh = (what goes straight) + mask * (dgh W_hh + du)     u = mask * h' is what met W_hh
+    where t is reset: both go to the reset states, and dh = dc = 0
 """
 
 from collections.abc import Sequence
@@ -27,81 +20,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rnnkern.backends import Layer, Needs, Saved, States
-from rnnkern.cells import CellSpec, Weights
+from rnnkern.backends import Cotangents, Layer, Needs, Saved, States
+from rnnkern.cells import Weights
 from rnnkern.packing import positions
-
-
-class Step(NamedTuple):
-    """One step of the cell, before any projection."""
-
-    h: Tensor  # (B, H)
-    c: Tensor | None  # (B, H)
-    saved: tuple[Tensor, ...]  # (B, H) each, as the cell's spec names them
-
-
-def step(cell: CellSpec, gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> Step:
-    """The cell's equations."""
-    if cell.name == "lstm":
-        assert c is not None
-        i, f, g, o = (gx + gh).chunk(4, -1)
-        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-        c = f * c + i * g
-        return Step(o * c.tanh(), c, (i, f, g, o))
-    if cell.name == "gru":
-        (xr, xz, xn), (hr, hz, hn) = gx.chunk(3, -1), gh.chunk(3, -1)
-        r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
-        n = (xn + r * hn).tanh()
-        return Step((1 - z) * n + z * h, None, (r, z, n, hn))
-    if cell.name == "rnn_tanh":
-        return Step((gx + gh).tanh(), None, ())
-    if cell.name == "rnn_relu":
-        return Step((gx + gh).relu(), None, ())
-    raise ValueError(f"cell: no equations for {cell.name!r}")
-
-
-class StepGradients(NamedTuple):
-    dgx: Tensor  # (B, G*H)
-    dgh: Tensor  # (B, G*H)
-    dc: Tensor | None  # (B, H): of the previous c
-    direct: Tensor | int  # (B, H): what of dh reaches the previous h past W_hh
-
-
-class Around(NamedTuple):
-    """The values around a step that its backward reads."""
-
-    saved: tuple[Tensor, ...]
-    h: Tensor
-    h_prev: Tensor
-    c: Tensor | None
-    c_prev: Tensor | None
-
-
-def step_backward(cell: CellSpec, at: Around, dh: Tensor, dc: Tensor | None) -> StepGradients:
-    """The gradients of a step from those of its h and c."""
-    if cell.name == "lstm":
-        assert at.c is not None
-        assert at.c_prev is not None
-        assert dc is not None
-        i, f, g, o = at.saved
-        tanh_c = at.c.tanh()
-        dc = dc + dh * o * (1 - tanh_c**2)
-        di, df = dc * g * i * (1 - i), dc * at.c_prev * f * (1 - f)
-        dg, do = dc * i * (1 - g**2), dh * tanh_c * o * (1 - o)
-        dgx = torch.cat([di, df, dg, do], -1)
-        return StepGradients(dgx, dgx, dc * f, 0)
-    if cell.name == "gru":
-        r, z, n, hn = at.saved
-        dn = dh * (1 - z) * (1 - n**2)
-        dr, dz = dn * hn * r * (1 - r), dh * (at.h_prev - n) * z * (1 - z)
-        return StepGradients(torch.cat([dr, dz, dn], -1), torch.cat([dr, dz, dn * r], -1), None, dh * z)
-    if cell.name == "rnn_tanh":
-        dgx = dh * (1 - at.h**2)
-        return StepGradients(dgx, dgx, None, 0)
-    if cell.name == "rnn_relu":
-        dgx = torch.where(at.h <= 0, torch.zeros_like(dh), dh)
-        return StepGradients(dgx, dgx, None, 0)
-    raise ValueError(f"cell: no equations for {cell.name!r}")
+from rnnkern.reference_cells import (
+    Around,
+    Before,
+    Step,
+    Zone,
+    input_products,
+    normalised,
+    normalised_backward,
+    recurrent_products,
+    step,
+    step_backward,
+)
 
 
 class _Grid:
@@ -140,6 +73,19 @@ class _Grid:
         """(T, B, ...) -> rows of x, y or their gradients, zero where a sequence has ended."""
         return self.collect(grid) if self.packed else self.mask(grid)
 
+    def spread_any(self, rows: Tensor) -> Tensor:
+        """Rows like those of y, of any dtype -> (T, B, ...)."""
+        return self.spread(rows) if self.packed else rows
+
+    def outer_cells(self, rows: Tensor) -> Tensor:
+        """(T, B, D, H) or (N, D, H) in the rows of y -> (T, B, D, H)."""
+        return self.outer(rows.flatten(-2)).view(self.steps, self.batch, *rows.shape[-2:])
+
+    def inner_cells(self, grid: Tensor) -> Tensor:
+        """`outer_cells` undone."""
+        rows = self.inner(grid.flatten(-2))
+        return rows.view(*rows.shape[:-1], *grid.shape[-2:])
+
     def mask(self, grid: Tensor) -> Tensor:
         return grid if self.active is None else torch.where(self.active, grid, torch.zeros_like(grid))
 
@@ -152,9 +98,49 @@ class _Grid:
         return steps[::-1] if reverse else steps
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product = x @ weight.t()
-    return product if bias is None else product + bias
+class _Direction:
+    """What the two sweeps of one direction share: its weights, and what happens to a state between two steps."""
+
+    def __init__(self, layer: Layer, grid: _Grid, d: int) -> None:
+        self.cell, self.grid, self.weights, self.extras = layer.cell, grid, layer.weights[d], layer.extras
+        self.order = grid.order(reverse=d == 1)
+        self.start = (layer.h0[d], None if layer.c0 is None else layer.c0[d])
+        extras, units, hidden = layer.extras, layer.outputs, layer.hidden
+        self.x_factors = None if extras.input_mask is None else extras.input_mask[d]
+        self.u_factors = None if extras.recurrent_mask is None else extras.recurrent_mask[d]
+        self.mask_h, self.mask_c = (
+            None if mask is None else grid.spread_any(mask)[..., d * n : (d + 1) * n]
+            for mask, n in ((extras.zoneout_mask_h, units), (extras.zoneout_mask_c, hidden))
+        )
+
+    def zone_h(self, t: int) -> Zone:
+        return Zone(None if self.mask_h is None else self.mask_h[t], self.extras.zoneout_h)
+
+    def zone_c(self, t: int) -> Zone:
+        return Zone(None if self.mask_c is None else self.mask_c[t], self.extras.zoneout_c)
+
+    def masked(self, x: Tensor) -> Tensor:
+        """x (T, B, I), or its gradient, times the input mask."""
+        return x if self.x_factors is None else x * self.x_factors
+
+    def to_recurrent(self, h: Tensor) -> Tensor:
+        """h (B, P), or its gradient, times the recurrent mask."""
+        return h if self.u_factors is None else h * self.u_factors
+
+    def reset(self, t: int, h: Tensor, c: Tensor | None) -> Before:
+        """The states of step t after its reset."""
+        extras = self.extras
+        if extras.reset is not None:
+            h = torch.where(extras.reset[t].unsqueeze(1), _at(extras.reset_h, t, h), h)
+            c = None if c is None else torch.where(extras.reset[t].unsqueeze(1), _at(extras.reset_c, t, c), c)
+        return Before(h, c, self.to_recurrent(h))
+
+
+def _at(given: Tensor | None, t: int, like: Tensor) -> Tensor:
+    """The state that a reset at step t gives."""
+    if given is None:
+        return torch.zeros_like(like)
+    return given if given.dim() == 2 else given[t]
 
 
 class Sweep(NamedTuple):
@@ -163,26 +149,37 @@ class Sweep(NamedTuple):
     y: Tensor  # (T, B, P)
     h_n: Tensor  # (B, P)
     c_n: Tensor | None  # (B, H)
-    gates: Tensor | None  # (T, B, saved*H)
+    gates: Tensor | None  # (T, B, kept*H)
     cells: Tensor | None  # (T, B, H)
 
 
-def sweep(cell: CellSpec, grid: _Grid, x: Tensor, w: Weights, h: Tensor, c: Tensor | None, reverse: bool) -> Sweep:
-    """All steps of one direction; x (T, B, I)."""
-    gx = _linear(x, w.weight_ih, w.bias_ih)
+def sweep(at: _Direction, x: Tensor, kept: int) -> Sweep:
+    """All steps of one direction; x (T, B, I). Keeps `kept` blocks of H a step."""
+    gx = input_products(at.masked(x), at.weights)
+    h, c = at.start
     ys: dict[int, Tensor] = {}
     gates: dict[int, Tensor] = {}
     cells: dict[int, Tensor] = {}
-    for t in grid.order(reverse):
-        new = step(cell, gx[t], _linear(h, w.weight_hh, w.bias_hh), h, c)
-        h_new = new.h if w.weight_hr is None else new.h @ w.weight_hr.t()
-        h = ys[t] = grid.keep(t, h_new, h)
+    for t in at.order:
+        before = at.reset(t, h, c)
+        gh = recurrent_products(before.u, at.weights)
+        new = step(at.cell, gx.full[t], gh.full, before, at.weights, at.zone_c(t))
+        h_new = new.h if at.weights.weight_hr is None else new.h @ at.weights.weight_hr.t()
+        h = ys[t] = at.grid.keep(t, at.zone_h(t).mix(before.h, h_new), h)
         if c is not None and new.c is not None:
-            c = cells[t] = grid.keep(t, new.c, c)
-        if new.saved:
-            gates[t] = torch.cat(new.saved, -1)
-    y, saved, kept = ([values[t] for t in sorted(values)] for values in (ys, gates, cells))
-    return Sweep(torch.stack(y), h, c, torch.stack(saved) if saved else None, torch.stack(kept) if kept else None)
+            c = cells[t] = at.grid.keep(t, new.c, c)
+        if kept:
+            gates[t] = _kept(at, new, gx.product[t], gh.product)
+    y, saved, all_c = ([values[t] for t in sorted(values)] for values in (ys, gates, cells))
+    return Sweep(torch.stack(y), h, c, torch.stack(saved) if saved else None, torch.stack(all_c) if all_c else None)
+
+
+def _kept(at: _Direction, new: Step, of_x: Tensor, of_h: Tensor) -> Tensor:
+    """What a step keeps for backward (`CellSpec.kept`)."""
+    parts = list(new.saved) if at.cell.saved or at.extras.zones else []
+    if at.weights.ln_ih_weight is not None:
+        parts += [of_x, of_h]
+    return torch.cat(parts, -1)
 
 
 def _side_by_side(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -195,120 +192,183 @@ def forward(layer: Layer, save: bool = True) -> States:
     """A layer's sweeps: the backend function, and what second derivatives are taken of."""
     grid = _Grid(layer)
     x = grid.outer(layer.x)
-    sweeps = [
-        sweep(layer.cell, grid, x, w, layer.h0[d], None if layer.c0 is None else layer.c0[d], reverse=d == 1)
-        for d, w in enumerate(layer.weights)
-    ]
+    kept = layer.kept if save else 0
+    sweeps = [sweep(_Direction(layer, grid, d), x, kept) for d in range(len(layer.weights))]
     gates, cells = (_side_by_side([getattr(s, name) for s in sweeps]) for name in ("gates", "cells"))
+    if cells is not None:
+        cells = grid.inner_cells(cells) if layer.extras.states else grid.collect(cells) if save else None
     return States(
         grid.inner(torch.cat([s.y for s in sweeps], -1)),
         torch.stack([s.h_n for s in sweeps]),
         None if layer.c0 is None else torch.stack([s.c_n for s in sweeps if s.c_n is not None]),
-        grid.collect(gates) if save and gates is not None else None,
-        grid.collect(cells) if save and cells is not None else None,
+        None if gates is None else grid.collect(gates),
+        cells,
     )
 
 
 class SweepGradients(NamedTuple):
-    """The gradients of one direction, padded, and what met W_hh."""
+    """The gradients of one direction, padded, and what met the weights."""
 
-    dgx: Tensor  # (T, B, G*H): of the input pre-activation W_ih x + b_ih
-    dgh: Tensor  # (T, B, G*H): of the recurrent pre-activation W_hh h + b_hh
-    dp: Tensor  # (T, B, P): of the projected state
-    h_prev: Tensor  # (T, B, P)
+    dgx: Tensor  # (T, B, G*H): of x W_ih^T
+    dgh: Tensor  # (T, B, G*H): of u W_hh^T
+    dp: Tensor  # (T, B, P): of the projected h
+    m: Tensor  # (T, B, H): h before the projection
+    u: Tensor  # (T, B, P): what met W_hh
+    last: Tensor  # (T, B, P): what met the last gate's part of it
+    of_sums: dict[str, Tensor]  # by weight: gradients (T, B, n) that are only to be summed
+    dreset_h: Tensor | None  # (T, B, P)
+    dreset_c: Tensor | None  # (T, B, H)
     dh0: Tensor  # (B, P)
     dc0: Tensor | None  # (B, H)
 
 
 def sweep_backward(
-    cell: CellSpec,
-    grid: _Grid,
-    saved: Sweep,
-    w: Weights,
-    start: tuple[Tensor, Tensor | None],
-    dy: Tensor,
-    dh: Tensor,
-    dc: Tensor | None,
-    reverse: bool,
+    at: _Direction, saved: Sweep, dy: Tensor, dcells: Tensor | None, dh: Tensor, dc: Tensor | None
 ) -> SweepGradients:
-    """All steps of one direction, last to first; `start` is (h0, c0), dh and dc those of the final states."""
-    rows: dict[int, tuple[Tensor, ...]] = {}
-    order = grid.order(reverse)
-    for index in reversed(range(len(order))):
-        t = order[index]
-        h_prev, c_prev = start
+    """All steps of one direction, last to first, from the gradients of y, of all c and of the final states."""
+    rows: dict[int, dict[str, Tensor]] = {}
+    for index in reversed(range(len(at.order))):
+        t = at.order[index]
+        h, c = at.start
         if index > 0:
-            before = order[index - 1]
-            h_prev = grid.keep(before, saved.y[before], start[0])
-            if saved.cells is not None and start[1] is not None:
-                c_prev = grid.keep(before, saved.cells[before], start[1])
-        gates = () if saved.gates is None else saved.gates[t].chunk(len(cell.saved), -1)
-        around = Around(gates, saved.y[t], h_prev, None if saved.cells is None else saved.cells[t], c_prev)
-        dh_t = dh + dy[t]
-        g = step_backward(cell, around, dh_t if w.weight_hr is None else dh_t @ w.weight_hr, dc)
-        rows[t] = tuple(grid.keep(t, part, torch.zeros_like(part)) for part in (g.dgx, g.dgh, dh_t, h_prev))
-        dh = grid.keep(t, g.direct + g.dgh @ w.weight_hh, dh)
-        if dc is not None and g.dc is not None:
-            dc = grid.keep(t, g.dc, dc)
-    dgx, dgh, dp, h_before = (torch.stack(part) for part in zip(*(rows[t] for t in range(grid.steps)), strict=True))
-    return SweepGradients(dgx, dgh, dp, h_before, dh, dc)
+            previous = at.order[index - 1]
+            h = at.grid.keep(previous, saved.y[previous], h)
+            c = None if c is None or saved.cells is None else at.grid.keep(previous, saved.cells[previous], c)
+        before = at.reset(t, h, c)
+        dc_t = dc if dc is None or dcells is None else dc + dcells[t]
+        found, dh_prev, dc_prev = _step_backward(at, t, saved, before, dh + dy[t], dc_t)
+        rows[t] = {name: at.grid.keep(t, part, torch.zeros_like(part)) for name, part in found.items()}
+        if at.extras.reset is not None:
+            drops = at.extras.reset[t].unsqueeze(1)
+            nothing = torch.zeros_like(dh_prev)
+            rows[t]["reset_h"] = at.grid.keep(t, torch.where(drops, dh_prev, nothing), nothing)
+            dh_prev = torch.where(drops, nothing, dh_prev)
+            if dc_prev is not None:
+                nothing = torch.zeros_like(dc_prev)
+                rows[t]["reset_c"] = at.grid.keep(t, torch.where(drops, dc_prev, nothing), nothing)
+                dc_prev = torch.where(drops, nothing, dc_prev)
+        dh = at.grid.keep(t, dh_prev, dh)
+        dc = None if dc is None or dc_prev is None else at.grid.keep(t, dc_prev, dc)
+    all_rows = {name: torch.stack([rows[t][name] for t in range(at.grid.steps)]) for name in rows[0]}
+    dgx, dgh, dp, m, u, last = (all_rows.pop(name) for name in ("dgx", "dgh", "dp", "m", "u", "last"))
+    dreset_h, dreset_c = (all_rows.pop(name, None) for name in ("reset_h", "reset_c"))
+    return SweepGradients(dgx, dgh, dp, m, u, last, all_rows, dreset_h, dreset_c, dh, dc)
 
 
-def _weight_gradients(
-    cell: CellSpec, x: Tensor, saved: Sweep, g: SweepGradients, wanted: Weights
-) -> list[Tensor | None]:
-    """dW_ih, dW_hh, db_ih, db_hh, dW_hr of one direction where wanted: sums of outer products over all steps and
-    sequences."""
+def _step_backward(
+    at: _Direction, t: int, saved: Sweep, before: Before, dh: Tensor, dc: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+    """Step t: its rows by name, and the gradients of the states before it, past the reset."""
+    w, cell, hidden = at.weights, at.cell, at.weights.weight_hh.shape[0] // len(at.cell.gates)
+    gates, c_t = None if saved.gates is None else saved.gates[t], None if saved.cells is None else saved.cells[t]
+    zone_h, zone_c = at.zone_h(t), at.zone_c(t)
+    count = len(cell.saved) or 1
+    activations = (saved.y[t],) if gates is None else gates[..., : count * hidden].chunk(count, -1)
+    if not cell.saved and not at.extras.zones:
+        activations = (saved.y[t],)
+    dh_old, dp = zone_h.split(dh)
+    g = step_backward(
+        cell,
+        Around(activations, before, c_t, zone_c),
+        w,
+        dp if w.weight_hr is None else dp @ w.weight_hr,
+        dc,
+    )
+    rows = {"dp": dp, "u": before.u, "bias_ih": g.dgx, "bias_hh": g.dgh, "m": dp, "last": before.u}
+    if w.weight_hr is not None:
+        assert before.c is not None
+        i, f, gate, o = activations
+        rows["m"] = o * normalised(f * before.c + i * gate, w.ln_c_weight, w.ln_c_bias).tanh()
+    if cell.resets_before:
+        rows["last"] = activations[0] * before.u
+    dgx, dgh = g.dgx, g.dgh
+    if w.ln_ih_weight is not None:
+        assert gates is not None
+        of_x, of_h = gates[..., -2 * dgx.shape[-1] :].chunk(2, -1)
+        norm_x, norm_h = (
+            normalised_backward(of_x, w.ln_ih_weight, dgx),
+            normalised_backward(of_h, w.ln_hh_weight, dgh),
+        )
+        assert norm_x.dweight is not None
+        assert norm_h.dweight is not None
+        rows |= {"ln_ih_weight": norm_x.dweight, "ln_ih_bias": dgx}
+        rows |= {"ln_hh_weight": norm_h.dweight, "ln_hh_bias": dgh}
+        dgx, dgh = norm_x.dx, norm_h.dx
+    if g.dnorm is not None:
+        rows |= {"ln_c_weight": g.dnorm[0], "ln_c_bias": g.dnorm[1]}
+    if g.dpeepholes is not None:
+        rows["weight_ch"] = g.dpeepholes
+    rows |= {"dgx": dgx, "dgh": dgh}
+    through = dgh @ w.weight_hh
+    if cell.resets_before:
+        first = 2 * hidden
+        through = dgh[..., :first] @ w.weight_hh[:first]
+    return rows, dh_old + g.direct + at.to_recurrent(through + g.du), g.dc
+
+
+def _weight_gradients(at: _Direction, x: Tensor, g: SweepGradients, wanted: Weights) -> list[Tensor | None]:
+    """The gradients of one direction's weights where wanted: sums over all steps and sequences."""
 
     def outer(left: Tensor, right: Tensor) -> Tensor:
         return left.flatten(0, 1).t() @ right.flatten(0, 1)
 
-    of_projection = None
-    if wanted.weight_hr:
-        assert saved.gates is not None
-        assert saved.cells is not None
-        o = saved.gates.chunk(len(cell.saved), -1)[cell.saved.index("o")]
-        of_projection = outer(g.dp, o * saved.cells.tanh())
-    return [
-        outer(g.dgx, x) if wanted.weight_ih else None,
-        outer(g.dgh, g.h_prev) if wanted.weight_hh else None,
-        g.dgx.sum((0, 1)) if wanted.bias_ih else None,
-        g.dgh.sum((0, 1)) if wanted.bias_hh else None,
-        of_projection,
-    ]
+    found: dict[str, Tensor] = {name: rows.sum((0, 1)) for name, rows in g.of_sums.items()}
+    found["weight_ih"] = outer(g.dgx, at.masked(x))
+    found["weight_hh"] = outer(g.dgh, g.u)
+    if at.cell.resets_before:
+        first = found["weight_hh"].shape[0] // 3 * 2
+        found["weight_hh"] = torch.cat([outer(g.dgh[..., :first], g.u), outer(g.dgh[..., first:], g.last)])
+    if at.weights.weight_hr is not None:
+        found["weight_hr"] = outer(g.dp, g.m)
+    return [found[name] if want else None for name, want in wanted._asdict().items()]
 
 
-def backward(
-    layer: Layer, saved: Saved, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, needs: Needs
-) -> list[Tensor | None]:
+def _with_gates(layer: Layer, saved: Saved) -> tuple[Layer, Saved]:
+    """The call and what it has saved, computed anew where gates are not kept."""
+    if not layer.extras.recompute:
+        return layer, saved
+    layer = layer._replace(extras=layer.extras._replace(recompute=False))
+    return layer, saved._replace(gates=forward(layer).gates)
+
+
+def backward(layer: Layer, saved: Saved, grads: Cotangents, needs: Needs) -> list[Tensor | None]:
     """A layer's sweeps backward: the backend function."""
-    grid = _Grid(layer)
+    layer, saved = _with_gates(layer, saved)
+    grid, extras = _Grid(layer), layer.extras
     x, y = grid.outer(layer.x), grid.outer(saved.y)
-    gates, cells = (None if part is None else grid.spread(part) for part in (saved.gates, saved.cells))
-    dy = torch.zeros_like(y) if dy is None else grid.outer(dy)
-    dh_n = torch.zeros_like(layer.h0) if dh_n is None else dh_n
-    dc_n = torch.zeros_like(layer.c0) if dc_n is None and layer.c0 is not None else dc_n
+    gates = None if saved.gates is None else grid.spread(saved.gates)
+    cells, dcells = (
+        None if part is None else grid.outer_cells(part) if extras.states else grid.spread(part)
+        for part in (saved.cells, grads.cells)
+    )
+    dy = torch.zeros_like(y) if grads.y is None else grid.outer(grads.y)
+    dh_n = torch.zeros_like(layer.h0) if grads.h_n is None else grads.h_n
+    dc_n = torch.zeros_like(layer.c0) if grads.c_n is None and layer.c0 is not None else grads.c_n
     parts: list[SweepGradients] = []
     of_weights: list[Tensor | None] = []
-    for d, w in enumerate(layer.weights):
+    directions = [_Direction(layer, grid, d) for d in range(len(layer.weights))]
+    for d, at in enumerate(directions):
         columns = slice(d * layer.outputs, (d + 1) * layer.outputs)
-        direction = Sweep(
-            y[..., columns],
-            dh_n[d],
-            None,
-            None if gates is None else gates[:, :, d],
-            None if cells is None else cells[:, :, d],
-        )
-        start = (layer.h0[d], None if layer.c0 is None else layer.c0[d])
-        dc = None if dc_n is None else dc_n[d]
-        g = sweep_backward(layer.cell, grid, direction, w, start, dy[..., columns], dh_n[d], dc, reverse=d == 1)
+        of_gates, of_cells, of_dcells = (None if part is None else part[:, :, d] for part in (gates, cells, dcells))
+        kept = Sweep(y[..., columns], dh_n[d], None, of_gates, of_cells)
+        g = sweep_backward(at, kept, dy[..., columns], of_dcells, dh_n[d], None if dc_n is None else dc_n[d])
         parts.append(g)
-        of_weights += _weight_gradients(layer.cell, x, direction, g, needs.weights[d])
-    dx = sum(g.dgx @ w.weight_ih for g, w in zip(parts, layer.weights, strict=True))
+        of_weights += _weight_gradients(at, x, g, needs.weights[d])
+    dx = sum(at.masked(g.dgx @ at.weights.weight_ih) for g, at in zip(parts, directions, strict=True))
     assert isinstance(dx, Tensor)
     return [
         grid.inner(dx) if needs.x else None,
         torch.stack([g.dh0 for g in parts]) if needs.h0 else None,
         torch.stack([g.dc0 for g in parts if g.dc0 is not None]) if needs.c0 else None,
+        _of_reset(extras.reset_h, parts[0].dreset_h) if needs.reset_h else None,
+        _of_reset(extras.reset_c, parts[0].dreset_c) if needs.reset_c else None,
         *of_weights,
     ]
+
+
+def _of_reset(state: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    """The gradient of a state that resets give, from those of all steps."""
+    assert state is not None
+    if rows is None:
+        return torch.zeros_like(state)
+    return rows if state.dim() == 3 else rows.sum(0)

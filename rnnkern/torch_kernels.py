@@ -4,8 +4,18 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from rnnkern import checks
-from rnnkern.layer import Operands, Settings
+from rnnkern import backends, checks
+from rnnkern.layer import FIXED, Operands, Settings
+
+
+def serve(settings: Settings, operands: Operands) -> bool:
+    """Whether they run this call: "auto" leaves it to them, and it asks for nothing that torch.nn lacks."""
+    return (
+        backends.torch_serves(settings.backend, operands.x.device)
+        and settings.spec.in_torch
+        and not any(settings[3:])
+        and all(t is None for t in operands[2:FIXED])
+    )
 
 
 def run_layer(settings: Settings, operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:

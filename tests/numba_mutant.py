@@ -69,7 +69,7 @@ def backward(cell: str) -> float:
     worst, mode = 0.0, _mode()
     for layer in layer_forms(cell):
         states = reference.forward(layer, save=True)
-        given = (layer, states.saved, *random_gradients(states), all_needs(layer))
+        given = (layer, states.saved, random_gradients(states), all_needs(layer))
         for constants in CUTS:
             with plan_constants(**constants), Guards() as guards:
                 found = numba_cpu.backward(*given)

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import rnnkern
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
 from tests import host
 
 
@@ -71,17 +71,17 @@ def assert_close(actual: Outcome, expected: Outcome, dtype: torch.dtype, rival: 
 
 def layer_class(package: Any, cell: str) -> Any:
     """LSTM, GRU or RNN of torch.nn or rnnkern."""
-    return getattr(package, CELLS[cell].mode.partition("_")[0])
+    return getattr(package, TORCH_CELLS[cell].mode.partition("_")[0])
 
 
 def cell_class(package: Any, cell: str) -> Any:
     """LSTMCell, GRUCell or RNNCell of torch.nn or rnnkern."""
-    return getattr(package, CELLS[cell].mode.partition("_")[0] + "Cell")
+    return getattr(package, TORCH_CELLS[cell].mode.partition("_")[0] + "Cell")
 
 
 def nonlinearity(cell: str) -> dict[str, str]:
     """The constructor's argument that tells one plain RNN from another; empty for other cells."""
-    name = CELLS[cell].mode.partition("_")[2].lower()
+    name = TORCH_CELLS[cell].mode.partition("_")[2].lower()
     return {"nonlinearity": name} if name else {}
 
 
@@ -141,7 +141,7 @@ class Case:
 
     @property
     def states(self) -> int:
-        return CELLS[self.cell].states
+        return TORCH_CELLS[self.cell].states
 
     def options(self) -> dict[str, Any]:
         """The constructor's arguments beside the sizes, dtype and backend."""
@@ -250,7 +250,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def cases(most: int = 2) -> Iterator[tuple[str, Case]]:
     """Every cell with its defaults and with each set of up to `most` options that can go together, by name."""
-    for cell in CELLS:
+    for cell in TORCH_CELLS:
         for size in range(most + 1):
             for names in combinations(OPTIONS, size):
                 changes = [OPTIONS[name] for name in names]

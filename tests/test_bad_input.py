@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnkern
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
 from tests.tables import (
     ACCIDENTS,
     KERNEL_BACKENDS,
@@ -24,12 +24,12 @@ from tests.tables import (
 )
 
 T, B, I, H = 5, 4, 3, 6  # noqa: E741
-every_cell = pytest.mark.parametrize("cell", CELLS)
+every_cell = pytest.mark.parametrize("cell", TORCH_CELLS)
 
 
 def states(cell: str, *shape: int, **kind: Any) -> Any:
     """hx of this shape, in the form that the cell takes."""
-    given = [torch.zeros(shape, **kind) for _ in range(CELLS[cell].states)]
+    given = [torch.zeros(shape, **kind) for _ in range(TORCH_CELLS[cell].states)]
     return tuple(given) if len(given) > 1 else given[0]
 
 
@@ -123,7 +123,7 @@ def test_projected_state_has_its_own_size() -> None:
 
 @every_cell
 def test_a_state_for_a_cell_without_c_is_no_pair(cell: str) -> None:
-    if CELLS[cell].has_c:
+    if TORCH_CELLS[cell].has_c:
         return
     ours = layer_class(rnnkern, cell)(I, H)
     with pytest.raises((TypeError, RuntimeError, AttributeError), match="h0"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import rnnkern
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
 from rnnkern.conversion import COUNTERPARTS
 from tests.tables import layer_class, nonlinearity
 
@@ -66,7 +66,7 @@ def test_convert_and_back() -> None:
     torch.testing.assert_close(model(x.double()), before(x.double()))
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_a_root_becomes_a_new_module(cell: str) -> None:
     theirs = layer_class(nn, cell)(3, 4, **nonlinearity(cell))
     ours: Any = rnnkern.convert(theirs)

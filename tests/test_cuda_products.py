@@ -12,10 +12,10 @@ from torch import Tensor
 
 import rnnkern
 from rnnkern.backends.cuda import sweeps
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
 from tests.tables import layer_class, nonlinearity
 
-every_cell = pytest.mark.parametrize("cell", CELLS)
+every_cell = pytest.mark.parametrize("cell", TORCH_CELLS)
 ON_A_GPU: Any = SimpleNamespace(is_cuda=True, dtype=torch.float32)
 matmul: Any = torch.backends.cuda.matmul
 everything: Any = torch.backends

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import rnnkern
 from rnnkern.backends.cuda import sweeps
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
+from rnnkern.layer import Settings, plain_operands
 from tests import host
 from tests.tables import TOLERANCES, Case, Outcome, Tolerance, assert_close, cases, layer_class, nonlinearity
 
@@ -20,7 +21,7 @@ TILES = ("small", "large")
 SCHEDULES = (0, 1, 2)  # in order and late copies, shuffled and late, shuffled and early
 TF32 = Tolerance(1e-3, 1e-3)
 
-every_cell = pytest.mark.parametrize("cell", CELLS)
+every_cell = pytest.mark.parametrize("cell", TORCH_CELLS)
 both_tiles = pytest.mark.parametrize("tile", TILES)
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 
@@ -225,15 +226,14 @@ def test_nothing_is_saved_without_gradients(cell: str) -> None:
     options: dict[str, Any] = nonlinearity(cell)
     module = layer_class(rnnkern, cell)(3, 7, backend="host", **options)
     with torch.no_grad():
-        saved = torch.ops.rnnkern.layer(
-            cell, "host", False, torch.randn(4, 2, 3), *_zero_states(cell), list(module.parameters()), None, None, False
-        )[3:]
+        operands = plain_operands(torch.randn(4, 2, 3), *_zero_states(cell), tuple(module.parameters()))
+        saved = torch.ops.rnnkern.layer(*Settings(cell, "host", False), *operands, False)[3:]
     assert all(part.numel() == 0 for part in saved)
 
 
 def _zero_states(cell: str) -> tuple[Tensor, Tensor | None]:
     state = torch.zeros(1, 2, 7)
-    return state, state if CELLS[cell].has_c else None
+    return state, state if TORCH_CELLS[cell].has_c else None
 
 
 def test_a_failed_launch_says_which_and_why() -> None:

@@ -9,7 +9,7 @@ from torch import distributed, nn
 from torch.multiprocessing.spawn import spawn
 
 import rnnkern
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
 from tests.tables import layer_class, nonlinearity, relative_rms
 
 PROCESSES = 2
@@ -21,7 +21,9 @@ def build() -> nn.ModuleDict:
     torch.manual_seed(1)
     I, H = SIZES["I"], SIZES["H"]  # noqa: E741
     options: dict[str, Any] = {"bidirectional": True, "dtype": torch.float64}
-    return nn.ModuleDict({cell: layer_class(rnnkern, cell)(I, H, **options, **nonlinearity(cell)) for cell in CELLS})
+    return nn.ModuleDict(
+        {cell: layer_class(rnnkern, cell)(I, H, **options, **nonlinearity(cell)) for cell in TORCH_CELLS}
+    )
 
 
 class Sum(nn.Module):

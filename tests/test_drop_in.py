@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnkern
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
 from tests.tables import Case, assert_close, cell_class, layer_class, nonlinearity, relative_rms
 
-every_cell = pytest.mark.parametrize("cell", CELLS)
+every_cell = pytest.mark.parametrize("cell", TORCH_CELLS)
 MODULES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
 CONSTRUCTORS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -25,7 +25,10 @@ CONSTRUCTORS: dict[str, dict[str, Any]] = {
     "no_bias": {"bias": False},
     "float64": {"dtype": torch.float64},
 }
-FULL = {cell: Case(cell, layers=2, bidirectional=True, hx=True, proj_size=3 if cell == "lstm" else 0) for cell in CELLS}
+FULL = {
+    cell: Case(cell, layers=2, bidirectional=True, hx=True, proj_size=3 if cell == "lstm" else 0)
+    for cell in TORCH_CELLS
+}
 
 
 @every_cell
@@ -78,7 +81,7 @@ def test_kinds(cell: str) -> None:
     layer = layer_class(rnnkern, cell)(3, 6)
     assert isinstance(layer, nn.RNNBase)
     assert not isinstance(layer, layer_class(nn, cell))
-    assert layer.mode == CELLS["rnn_tanh" if cell.startswith("rnn") else cell].mode
+    assert layer.mode == TORCH_CELLS["rnn_tanh" if cell.startswith("rnn") else cell].mode
     layer.flatten_parameters()
 
 

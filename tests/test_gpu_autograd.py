@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
 from tests.gpu_support import Target, on_both, on_cuda
 from tests.tables import loss_of, of_everything
 
@@ -19,7 +19,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "stacked": {"num_layers": 2, "bidirectional": True, "batch_first": True},
 }
-every_cell = pytest.mark.parametrize("cell", CELLS)
+every_cell = pytest.mark.parametrize("cell", TORCH_CELLS)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 with_lengths = pytest.mark.parametrize("lengths", [False, True], ids=["padded", "lengths"])
 

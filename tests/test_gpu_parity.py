@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
 from tests.gpu_support import (
     CUDA,
     TF32,
@@ -26,7 +26,7 @@ from tests.gpu_support import (
 from tests.tables import TOLERANCES, Case, Outcome, assert_close, cases, relative_rms
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-every_cell = pytest.mark.parametrize("cell", CELLS)
+every_cell = pytest.mark.parametrize("cell", TORCH_CELLS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 both_tiles = pytest.mark.parametrize("tile", ["small", "large"])
 
@@ -62,7 +62,7 @@ COMMON: dict[str, Any] = {"bidirectional": True, "hx": True}
 @pytest.mark.parametrize(
     ("target", "name"),
     [pytest.param(*CUDA.values, name, marks=pytest.mark.gpu, id=f"cuda-{name}") for name in ALL]
-    + [pytest.param(Target("host", "cpu"), cell, id=f"host-{cell}") for cell in CELLS],
+    + [pytest.param(Target("host", "cpu"), cell, id=f"host-{cell}") for cell in TORCH_CELLS],
 )
 def test_parity(target: Target, name: str, tile: str) -> None:
     with tile_of(target, tile):
@@ -195,8 +195,8 @@ GIB = 1 << 30
 def test_offsets_past_32_bits(target: Target, cell: str) -> None:
     """Pre-activations, and of the plain RNN outputs too, beyond 2^31 numbers: the first and the last sequences."""
     B, H = 1 << 16, 128
-    T = (1 << 31) // (B * H * len(CELLS[cell].gates)) + 1
-    numbers = T * B * H * len(CELLS[cell].gates)
+    T = (1 << 31) // (B * H * len(TORCH_CELLS[cell].gates)) + 1
+    numbers = T * B * H * len(TORCH_CELLS[cell].gates)
     assert numbers > 1 << 31
     needed = 12 * numbers + 4 * GIB  # gx, the product that it is copied from, outputs
     torch.cuda.empty_cache()
@@ -278,7 +278,7 @@ def test_misaligned_views(target: Target, dtype: torch.dtype, tile: str, proj_si
 
 @on_both
 @pytest.mark.usefixtures("nan_buffers")
-@pytest.mark.parametrize(("cell", "proj_size"), [*((cell, 0) for cell in CELLS), ("lstm", 3)])
+@pytest.mark.parametrize(("cell", "proj_size"), [*((cell, 0) for cell in TORCH_CELLS), ("lstm", 3)])
 @pytest.mark.parametrize("rows", ["padded", "packed", "lengths"])
 def test_every_buffer_is_written(target: Target, cell: str, rows: str, proj_size: int) -> None:
     """What torch allocates is NaN until then."""

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
 from tests.gpu_support import Target, assert_same_bits, on_both, on_cuda
 from tests.tables import Case
 
 # torch's own word on set_sync_debug_mode
 pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 
-every_cell = pytest.mark.parametrize("cell", CELLS)
+every_cell = pytest.mark.parametrize("cell", TORCH_CELLS)
 T, B, INPUTS, HIDDEN = 6, 5, 3, 40
 LENGTHS = torch.tensor([2, 6, 1, 5, 5])
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import rnnkern
 from rnnkern import reference
 from rnnkern.backends import Layer, Needs, numba_cpu
-from rnnkern.cells import CELLS, Weights
+from rnnkern.cells import TORCH_CELLS, Weights
 from tests.numba_support import (
     LIMIT,
     ODD,
@@ -30,21 +30,21 @@ DTYPES = list(LIMIT)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_every_form_of_call(cell: str, dtype: torch.dtype) -> None:
     wide = random_layer(cell, steps=3, batch=7, inputs=2, hidden=70, dtype=dtype)
     for layer in (*layer_forms(cell, dtype), random_layer(cell, **ODD, dtype=dtype), wide):
         assert difference(sweeps(layer), oracle(layer)) < LIMIT[dtype]
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_without_biases(cell: str) -> None:
     for layer in (random_layer(cell, **ODD, bias=False), random_layer(cell, steps=2, bias=False)):
         assert difference(sweeps(layer), oracle(layer)) < LIMIT[torch.float64]
 
 
 @pytest.mark.parametrize("bias", ["bias_ih", "bias_hh"])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_with_one_bias_of_two(cell: str, bias: str) -> None:
     layer = random_layer(cell, **ODD)
     nothing: dict[str, Any] = {bias: None}
@@ -70,10 +70,10 @@ def test_a_row_does_not_see_its_neighbours() -> None:
 def asked(layer: Layer, names: tuple[str, ...]) -> Needs:
     """Asks for the gradients of the operands so named."""
     weights = (Weights(*(n in names for n in Weights._fields)) for _ in layer.weights)  # type: ignore[arg-type]
-    return Needs("x" in names, "h0" in names, "c0" in names and layer.c0 is not None, tuple(weights))
+    return Needs("x" in names, "h0" in names, "c0" in names and layer.c0 is not None, False, False, tuple(weights))
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_any_subset_of_gradients(cell: str) -> None:
     """What is asked for has the same bits as if all were asked for; the rest is None."""
     for layer in layer_forms(cell)[-3:]:
@@ -81,31 +81,31 @@ def test_any_subset_of_gradients(cell: str) -> None:
         names += [n for n, w in zip(Weights._fields, layer.weights[0], strict=True) if w is not None]
         states = numba_cpu.forward(layer, save=True)
         grads = random_gradients(states)
-        everything = numba_cpu.backward(layer, states.saved, *grads, all_needs(layer))
-        order = ("x", "h0", "c0", *Weights._fields * len(layer.weights))
+        everything = numba_cpu.backward(layer, states.saved, grads, all_needs(layer))
+        order = ("x", "h0", "c0", "reset_h", "reset_c", *Weights._fields * len(layer.weights))
         for wanted in ((), *((n,) for n in names), *combinations(names, 2), tuple(names[:-1]), tuple(names[1:])):
-            found = numba_cpu.backward(layer, states.saved, *grads, asked(layer, wanted))
+            found = numba_cpu.backward(layer, states.saved, grads, asked(layer, wanted))
             expected = [g if name in wanted else None for name, g in zip(order, everything, strict=True)]
             assert bitwise_equal(found, expected), wanted
-            by_oracle = reference.backward(layer, states.saved, *grads, asked(layer, wanted))
+            by_oracle = reference.backward(layer, states.saved, grads, asked(layer, wanted))
             assert difference(by_oracle, expected) < LIMIT[torch.float64], wanted
 
 
 def test_gradients_of_one_direction_alone() -> None:
     layer = random_layer("gru", **ODD)
     states = numba_cpu.forward(layer, save=True)
-    grads, nothing = random_gradients(states), Weights(*[False] * 5)  # type: ignore[arg-type]
-    everything = numba_cpu.backward(layer, states.saved, *grads, all_needs(layer))
+    grads, nothing = random_gradients(states), Weights(*[False] * 12)  # type: ignore[arg-type]
+    everything = numba_cpu.backward(layer, states.saved, grads, all_needs(layer))
     for d in range(2):
         one = [nothing, nothing]
         one[d] = all_needs(layer).weights[d]
-        found = numba_cpu.backward(layer, states.saved, *grads, Needs(False, False, False, tuple(one)))
+        found = numba_cpu.backward(layer, states.saved, grads, Needs(False, False, False, False, False, tuple(one)))
         expected = [None] * len(found)
-        expected[3 + 5 * d : 8 + 5 * d] = everything[3 + 5 * d : 8 + 5 * d]  # type: ignore[assignment]
+        expected[5 + 12 * d : 17 + 12 * d] = everything[5 + 12 * d : 17 + 12 * d]  # type: ignore[assignment]
         assert bitwise_equal(found, expected)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_frozen_and_alone_through_modules(cell: str) -> None:
     """Each leaf of a module alone asks for its gradient, in calls that go by a plan too."""
     layer = layer_class(rnnkern, cell)(3, 5, bidirectional=True, dtype=torch.float64, **nonlinearity(cell))
@@ -124,12 +124,12 @@ def test_frozen_and_alone_through_modules(cell: str) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_an_empty_batch(cell: str, count: int, threads: Callable[[int], None]) -> None:
     threads(count)
     for lengths in (None, ()):
         layer = random_layer(cell, batch=0, lengths=lengths)
-        y, h_n, _, _, _, dx, dh0, dc0, *of_weights = sweeps(layer)
+        y, h_n, _, _, _, dx, dh0, dc0, _, _, *of_weights = sweeps(layer)
         shapes = [None if t is None else tuple(t.shape) for t in (y, h_n, dx, dh0)]
         assert shapes == [(5, 0, 10), (2, 0, 5), (5, 0, 3), (2, 0, 5)]
         assert (dc0 is None) == (layer.c0 is None)
@@ -157,7 +157,7 @@ def test_an_empty_batch_has_gradients_of_zero(cell: type[rnnkern.LSTM]) -> None:
 # Inference
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_inference_has_the_same_bits_and_saves_nothing(cell: str) -> None:
     for layer in layer_forms(cell):
         saving, without = (numba_cpu.forward(layer, save=save) for save in (True, False))

@@ -13,7 +13,7 @@ from rnnkern import reference
 from rnnkern.backends import numba_cpu
 from rnnkern.backends.numba_cpu import pool
 from rnnkern.backends.numba_cpu.vector import FLUSH_BITS, ON_X86, flush_denormals, restore_mode
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
 from tests.numba_support import LIMIT, difference, layer_forms, oracle, random_layer, sweeps
 from tests.tables import layer_class, nonlinearity
 
@@ -53,7 +53,7 @@ def test_the_mode_is_what_torch_sets(flushing: bool) -> None:
     assert bool(mode() & FLUSH_BITS) == flushing
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_a_sweep_restores_the_callers_mode(cell: str, flushing: bool) -> None:
     before = mode()
     for layer in layer_forms(cell):
@@ -90,7 +90,7 @@ def test_so_do_sweeps_on_other_threads(flushing: bool, threads: Callable[[int], 
 
 
 @pytest.mark.parametrize("dtype", SMALLEST)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_denormal_operands_count_as_zeros(cell: str, dtype: torch.dtype, flushing: bool) -> None:
     """Inputs, states and weights among them: what comes out is that of zeros in their place."""
     for layer in layer_forms(cell, dtype):
@@ -104,7 +104,7 @@ def test_denormal_operands_count_as_zeros(cell: str, dtype: torch.dtype, flushin
 
 
 @pytest.mark.parametrize("dtype", SMALLEST)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_denormals_alone_come_out_as_next_to_nothing(cell: str, dtype: torch.dtype) -> None:
     """Everything denormal, gradients too: as near to the oracle as zeros are."""
     tiny, smallest = torch.finfo(dtype).tiny, SMALLEST[dtype]

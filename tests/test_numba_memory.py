@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import rnnkern
-from rnnkern.backends import Layer, numba_cpu
+from rnnkern.backends import Cotangents, Layer, numba_cpu
 from rnnkern.backends.numba_cpu import plans
 from rnnkern.backends.numba_cpu.vector import VECTOR_BYTES
-from rnnkern.cells import CELLS, Weights
+from rnnkern.cells import TORCH_CELLS, Weights
 from tests.numba_support import (
     FORKS,
     LIMIT,
@@ -55,7 +55,7 @@ def train_thrice(cell: str, **options: Any) -> list[Tensor]:
     return [y.detach(), inference, *(p.grad for p in module.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_nothing_unwritten_is_read(cell: str, nan_buffers: None, always_split: list[int]) -> None:
     assert torch.zeros(1).new_empty(3).isnan().all()  # torch does fill what the backend allocates
     for layer in forms(cell):
@@ -64,7 +64,7 @@ def test_nothing_unwritten_is_read(cell: str, nan_buffers: None, always_split: l
             assert difference(sweeps(layer), oracle(layer)) < LIMIT[torch.float64]
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_nothing_is_written_past_a_buffer(cell: str, always_split: list[int]) -> None:
     """Every buffer the backend asks for, results and workspaces, lies between guards."""
     wanted = [oracle(layer) for layer in forms(cell)]
@@ -106,7 +106,7 @@ def _gaps(plan: Any, spaces: list[_GuardedSpace]) -> Iterator[int]:
                 yield first + share * operands[names["workspace_bytes"]] + gap
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_nothing_is_written_past_a_part_of_a_workspace(
     cell: str, threads: Callable[[int], None], always_split: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +173,7 @@ def _sweep_before_forbidden_pages(layers: list[Layer], cell: str, answers: Any) 
 
 @FORKS
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects pages by Linux's mprotect")
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_nothing_is_touched_past_a_buffer(cell: str, always_split: list[int]) -> None:
     """In a child, which a touch of a protected page kills: operands and buffers end where such a page begins."""
     context = multiprocessing.get_context("fork")
@@ -205,7 +205,7 @@ def view_of(w: Tensor | None, view: str) -> Tensor | None:
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_weights_that_are_views(cell: str, view: str) -> None:
     for layer in forms(cell):
         weights = tuple(Weights(*(view_of(w, view) for w in d)) for d in layer.weights)  # type: ignore[arg-type]
@@ -214,7 +214,7 @@ def test_weights_that_are_views(cell: str, view: str) -> None:
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_parameters_that_are_views(cell: str, view: str) -> None:
     """Of a module, whose later calls go by a plan: the same bits at each call, and those of plain weights."""
     torch.manual_seed(3)
@@ -245,8 +245,12 @@ def test_operands_may_lie_in_memory_in_any_way() -> None:
     assert bitwise_equal(sweeps(strided), sweeps(contiguous))
     states = numba_cpu.forward(plain, save=True)
     one, needs = torch.ones((), dtype=torch.float64), all_needs(plain)
-    expanded = numba_cpu.backward(plain, states.saved, one.expand_as(states.y), one.expand_as(states.h_n), None, needs)
-    ones = numba_cpu.backward(plain, states.saved, torch.ones_like(states.y), torch.ones_like(states.h_n), None, needs)
+    expanded = numba_cpu.backward(
+        plain, states.saved, Cotangents(one.expand_as(states.y), one.expand_as(states.h_n)), needs
+    )
+    ones = numba_cpu.backward(
+        plain, states.saved, Cotangents(torch.ones_like(states.y), torch.ones_like(states.h_n)), needs
+    )
     assert bitwise_equal(expanded, ones)
 
 
@@ -269,9 +273,9 @@ def test_lazily_negated_gradients() -> None:
     grads = (states.y, states.h_n, states.c_n)
     dy, dh_n, dc_n = (torch.complex(g, g).conj().imag for g in grads if g is not None)
     assert all(g.is_neg() for g in (dy, dh_n, dc_n))
-    found = numba_cpu.backward(layer, states.saved, dy, dh_n, dc_n, all_needs(layer))
+    found = numba_cpu.backward(layer, states.saved, Cotangents(dy, dh_n, dc_n), all_needs(layer))
     dy, dh_n, dc_n = (g.resolve_neg() for g in (dy, dh_n, dc_n))
-    expected = numba_cpu.backward(layer, states.saved, dy, dh_n, dc_n, all_needs(layer))
+    expected = numba_cpu.backward(layer, states.saved, Cotangents(dy, dh_n, dc_n), all_needs(layer))
     assert bitwise_equal(found, expected)
 
 

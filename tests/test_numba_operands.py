@@ -8,7 +8,7 @@ import pytest
 
 from rnnkern.backends.numba_cpu import plans
 from rnnkern.backends.numba_cpu.operands import Backward, Forward, flatten, read_operands
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
 from tests.numba_support import layer_forms, sweeps
 
 KINDS = [Forward, Backward]
@@ -62,7 +62,7 @@ def test_a_field_is_at_its_position(kind: Any) -> None:
     assert plans.POSITIONS[kind] == plans.positions(kind)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_a_plan_fills_in_every_address_it_needs(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a plan leaves 0 is an address that the call fills in, or of a buffer that is not there; none is filled in
     twice."""

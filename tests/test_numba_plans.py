@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rnnkern.backends import Layer, States, numba_cpu
+from rnnkern.backends import Cotangents, Layer, States, numba_cpu
 from rnnkern.backends.numba_cpu import plans
 from rnnkern.backends.numba_cpu.vector import VECTOR_BYTES
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
 from rnnkern.packing import positions
 from tests.numba_support import (
     LIMIT,
@@ -29,7 +29,7 @@ from tests.numba_support import (
     sweeps,
 )
 
-every_cell = pytest.mark.parametrize("cell", CELLS)
+every_cell = pytest.mark.parametrize("cell", TORCH_CELLS)
 every_dtype = pytest.mark.parametrize("dtype", list(LIMIT), ids=str)
 
 MOST, CHUNK, BACKWARD_CHUNK = 4, 9, 14
@@ -44,7 +44,7 @@ def spread_lengths(steps: int, batch: int) -> list[int]:
 
 def in_every_form(cell: str, steps: int, batch: int, **sizes: Any) -> Iterator[Layer]:
     """Padded, with lengths, and packed; an LSTM with a projection too."""
-    projections = (None, sizes["hidden"] - 2) if CELLS[cell].has_c else (None,)
+    projections = (None, sizes["hidden"] - 2) if TORCH_CELLS[cell].has_c else (None,)
     lengths = spread_lengths(steps, batch)
     counts = [sum(n > t for n in lengths) for t in range(steps)]
     forms: tuple[dict[str, Any], ...] = ({}, {"lengths": lengths}, {"batch_sizes": counts})
@@ -97,7 +97,7 @@ def test_numbers_of_rows_around_weights_in_place(cell: str, dtype: torch.dtype) 
     sizes = [(lanes, 2 * lanes, lanes), (lanes, lanes + 1, lanes), (lanes + 1, 5 * lanes, 3), (3, 5, 2)]
     rows = [(1, 1), (1, most), (1, most + 1), (most, 1), (most + 1, 1), (most // 2, 2), (most // 2 + 1, 2)]
     for (steps, batch), (inputs, hidden, outputs) in product(rows, sizes):
-        for projected in {None, outputs if CELLS[cell].has_c else None}:
+        for projected in {None, outputs if TORCH_CELLS[cell].has_c else None}:
             layer = random_layer(
                 cell, steps=steps, batch=batch, inputs=inputs, hidden=hidden, outputs=projected, dtype=dtype,
                 scale=hidden**-0.5,
@@ -224,13 +224,16 @@ def test_lengths_in_place_are_the_packed_call(cell: str, dtype: torch.dtype) -> 
         twin = packed_twin(layer)
         with plan_constants(**constants):
             states, of_twin = numba_cpu.forward(layer, save=True), numba_cpu.forward(twin, save=True)
-            dy, dh_n, dc_n = random_gradients(states)
+            dy, dh_n, dc_n, _ = random_gradients(states)
+            assert dy is not None
             dy[past] = torch.nan
-            grads = numba_cpu.backward(layer, states.saved, dy, dh_n, dc_n, all_needs(layer))
+            grads = numba_cpu.backward(layer, states.saved, Cotangents(dy, dh_n, dc_n), all_needs(layer))
             assert layer.order is not None
             packed_dy = packed_results(layer, (dy, *[None] * 7))[0]
             packed_h, packed_c = (None if g is None else g[:, layer.order] for g in (dh_n, dc_n))
-            of_twin_grads = numba_cpu.backward(twin, of_twin.saved, packed_dy, packed_h, packed_c, all_needs(twin))
+            of_twin_grads = numba_cpu.backward(
+                twin, of_twin.saved, Cotangents(packed_dy, packed_h, packed_c), all_needs(twin)
+            )
         results = (*states, *grads)
         assert bitwise_equal(packed_results(layer, results), (*of_twin, *of_twin_grads))
         for rows in (states.y, grads[0]):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 import rnnkern
 from rnnkern.backends import Layer
 from rnnkern.backends.numba_cpu import jit, plans, pool
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
 from tests.numba_support import (
     FORKS,
     LIMIT,
@@ -31,7 +31,7 @@ from tests.numba_support import (
 )
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_the_same_bits_from_run_to_run_and_for_any_number_of_threads(
     cell: str, threads: Callable[[int], None], always_split: list[int]
 ) -> None:
@@ -72,11 +72,11 @@ def test_shares_of_one_direction_have_about_as_many_steps(
 # Concurrent calls
 
 JOBS = [
-    *((random_layer(cell, **ODD, seed=i), i) for i, cell in enumerate(CELLS)),
-    *((form, 100) for cell in CELLS for form in layer_forms(cell)),
+    *((random_layer(cell, **ODD, seed=i), i) for i, cell in enumerate(TORCH_CELLS)),
+    *((form, 100) for cell in TORCH_CELLS for form in layer_forms(cell)),
     *(
         (random_layer(cell, steps=6, batch=32, inputs=16, hidden=33, directions=1, seed=i), i)
-        for i, cell in enumerate(CELLS)
+        for i, cell in enumerate(TORCH_CELLS)
     ),
 ]
 

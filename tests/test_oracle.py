@@ -10,14 +10,14 @@ from torch import Tensor, nn
 import rnnkern
 from rnnkern import layer as layer_calls
 from rnnkern import reference
-from rnnkern.backends import Layer, Saved, numba_cpu
-from rnnkern.cells import CELLS, Weights
-from rnnkern.layer import Operands, Settings
+from rnnkern.backends import Cotangents, Layer, Saved, numba_cpu
+from rnnkern.cells import TORCH_CELLS, Weights
+from rnnkern.layer import Settings, plain_operands
 from rnnkern.packing import positions, sort_lengths
 from tests.numba_support import all_needs
 from tests.tables import KERNEL_BACKENDS, TOLERANCES, Case, relative_rms
 
-every_cell = pytest.mark.parametrize("cell", CELLS)
+every_cell = pytest.mark.parametrize("cell", TORCH_CELLS)
 
 
 ROWS = ("padded", "packed", "lengths")
@@ -27,7 +27,7 @@ every_form = pytest.mark.parametrize("rows", ROWS)
 def draw_layer(cell: str, sizes: tuple[int, int, int, int], directions: int, rows: str, proj_size: int = 0) -> Layer:
     """A layer's call with random operands in float64; lengths are spread over 1..T, with T among them."""
     T, B, I, H = sizes  # noqa: E741
-    spec, P = CELLS[cell], proj_size or H
+    spec, P = TORCH_CELLS[cell], proj_size or H
     recurrent = len(spec.gates) * H
 
     def draw(*shape: int) -> Tensor:
@@ -97,11 +97,11 @@ def check_kernels(call: Layer) -> None:
     assert inference.gates is None
     incoming = [None if t is None else torch.randn_like(t) for t in (expected.y, expected.h_n, expected.c_n)]
     needs = all_needs(call)
-    names = ("x", "h0", "c0", *Weights._fields * len(call.weights))
+    names = ("x", "h0", "c0", "reset_h", "reset_c", *Weights._fields * len(call.weights))
     for only in (None, *range(call.cell.states + 1)):
-        dy, dh_n, dc_n = (g if only in (None, i) else None for i, g in enumerate(incoming))
-        wanted = reference.backward(call, expected.saved, dy, dh_n, dc_n, needs)
-        got = numba_cpu.backward(call, expected.saved, dy, dh_n, dc_n, needs)
+        grads = Cotangents(*(g if only in (None, i) else None for i, g in enumerate(incoming)))
+        wanted = reference.backward(call, expected.saved, grads, needs)
+        got = numba_cpu.backward(call, expected.saved, grads, needs)
         for name, own, theirs in zip(names, got, wanted, strict=True):
             if own is None or theirs is None:
                 assert own is theirs, f"{name}, given {only}"
@@ -121,7 +121,7 @@ def test_oracle_backward_against_autograd(cell: str, directions: int, rows: str)
 def check_oracle(call: Layer) -> None:
     weights = [t for w in call.weights for t in w if t is not None]
     leaves = [t.requires_grad_() for t in (call.x, call.h0, call.c0, *weights) if t is not None]
-    needs = [t is not None for t in (call.x, call.h0, call.c0, *weights)]
+    needs = [t is not None for t in (call.x, call.h0, call.c0, None, None, *weights)]
     settings = Settings(call.cell.name, "reference", False)
     lengths, batch_sizes = None, call.batch_sizes
     if call.order is not None:
@@ -129,7 +129,7 @@ def check_oracle(call: Layer) -> None:
         lengths = torch.empty_like(call.order)
         lengths[call.order] = (batch_sizes.unsqueeze(1) > torch.arange(call.h0.shape[1])).sum(0)
         batch_sizes = None
-    operands = Operands(call.x, call.h0, call.c0, tuple(weights), lengths, batch_sizes)
+    operands = plain_operands(call.x, call.h0, call.c0, tuple(weights), lengths, batch_sizes)
     prepared = layer_calls.prepare(settings, operands)
     results = [t for t in layer_calls.finish(reference.forward(prepared), call.x.dtype) if t is not None]
     incoming = [torch.randn_like(t) for t in results]
@@ -137,7 +137,7 @@ def check_oracle(call: Layer) -> None:
     with torch.no_grad():
         saved = layer_calls.forward(settings, operands, save=True)
         found = layer_calls.backward(
-            settings, operands, Saved(saved.y, saved.gates, saved.cells), [*incoming, None][:3], needs
+            settings, operands, Saved(saved.y, saved.gates, saved.cells), Cotangents(*incoming), needs
         )
     assert len(found) == len(expected)
     for own, theirs in zip(found, expected, strict=True):
@@ -149,7 +149,7 @@ def one_step(cell: str, backend: str, pre_x: list[float], pre_h: list[float], h:
 
     x = 2 and W_ih = 0.25, so b_ih is pre_x - 0.5; W_hh = 0.5, so b_hh is pre_h - h/2.
     """
-    spec = CELLS[cell]
+    spec = TORCH_CELLS[cell]
 
     def column(*values: float) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, requires_grad=True)
@@ -217,7 +217,7 @@ def test_rnn_relu_by_hand(backend: str) -> None:
 
 
 def test_every_cell_is_worked_out_by_hand() -> None:
-    assert all(f"test_{cell}_by_hand" in globals() for cell in CELLS)
+    assert all(f"test_{cell}_by_hand" in globals() for cell in TORCH_CELLS)
 
 
 @every_cell
@@ -301,8 +301,8 @@ def test_small_inputs(cell: str, rows: str, dtype: torch.dtype) -> None:
         assert relative_rms(outcomes[0][name], values) <= TOLERANCES[dtype].forward, name
 
 
-PLACES = [(cell, place) for cell in CELLS for place in ("input", "h0", "weight")]
-PLACES += [(cell, "c0") for cell in CELLS if CELLS[cell].has_c]
+PLACES = [(cell, place) for cell in TORCH_CELLS for place in ("input", "h0", "weight")]
+PLACES += [(cell, "c0") for cell in TORCH_CELLS if TORCH_CELLS[cell].has_c]
 
 
 @pytest.mark.parametrize(("cell", "place"), PLACES)

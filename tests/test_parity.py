@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import PackedSequence
 
 import rnnkern
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
 from tests.tables import KERNEL_BACKENDS, Case, Outcome, assert_close, cases, cell_class, nonlinearity, relative_rms
 
 ALL = dict(cases())
@@ -39,8 +39,11 @@ def test_against_the_oracle(name: str) -> None:
 
 
 # A case in which everything is at work.
-FULL = {cell: Case(cell, layers=2, bidirectional=True, hx=True, proj_size=3 if cell == "lstm" else 0) for cell in CELLS}
-every_cell = pytest.mark.parametrize("cell", CELLS)
+FULL = {
+    cell: Case(cell, layers=2, bidirectional=True, hx=True, proj_size=3 if cell == "lstm" else 0)
+    for cell in TORCH_CELLS
+}
+every_cell = pytest.mark.parametrize("cell", TORCH_CELLS)
 
 
 @every_cell
@@ -98,7 +101,7 @@ def test_cells(cell: str, backend: str, given: torch.dtype | None) -> None:
             outcomes = []
             for module in (ours, theirs):
                 x, *states = (leaf.detach().to(module.weight_ih.dtype).requires_grad_() for leaf in leaves)
-                hx = tuple(states) if CELLS[cell].has_c else states[0]
+                hx = tuple(states) if TORCH_CELLS[cell].has_c else states[0]
                 found = module(x, hx if with_states else None)
                 found = found if isinstance(found, tuple) else (found,)
                 module.zero_grad()
@@ -117,7 +120,7 @@ def test_cells_without_a_sequence(cell: str, backend: str) -> None:
     x = torch.randn(0, 3, requires_grad=True)
     found = module(x)
     found = found if isinstance(found, tuple) else (found,)
-    assert [tuple(t.shape) for t in found] == [(0, 7)] * CELLS[cell].states
+    assert [tuple(t.shape) for t in found] == [(0, 7)] * TORCH_CELLS[cell].states
     found[0].sum().backward()
     assert x.grad is not None
     assert not any(p.grad.any() for p in module.parameters())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnkern
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
 from tests.numba_support import bitwise_equal
 from tests.tables import ACCIDENTS, cell_class, layer_class, nonlinearity, outcome, relative_rms
 
@@ -20,7 +20,7 @@ class Draw:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.cell = self.random.choice(list(CELLS))
+        self.cell = self.random.choice(list(TORCH_CELLS))
         self.step = self.chance(0.2)
         self.faults = 0
 
@@ -74,7 +74,7 @@ class Draw:
             given = pack_padded_sequence(x, lengths, options["batch_first"], enforce_sorted=False)
         if self.chance(0.4):
             return (given,)
-        units = (options.get("proj_size") or hidden, hidden)[: CELLS[self.cell].states]
+        units = (options.get("proj_size") or hidden, hidden)[: TORCH_CELLS[self.cell].states]
         if self.cell == "lstm" and isinstance(given, PackedSequence):
             # torch.nn.LSTM checks no state beside a PackedSequence, and reads past its end.
             batch = int(given.batch_sizes[0])

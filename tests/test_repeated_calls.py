@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 import rnnkern
 from rnnkern import shortcut
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
 from tests.numba_support import bitwise_equal, forget_plans
 from tests.tables import Case, cases, cell_class, layer_class, nonlinearity, relative_rms
 
-every_cell = pytest.mark.parametrize("cell", CELLS)
+every_cell = pytest.mark.parametrize("cell", TORCH_CELLS)
 
 
 def flat(results: Any) -> list[Tensor]:
@@ -210,7 +210,7 @@ def test_one_kind_of_call_after_another(cell: str) -> None:
     """Sizes, layouts, dtypes, states, grad modes and threads in turn, through one module: each as by itself."""
     module, single = layer(cell, bidirectional=True), layer(cell, bidirectional=True, dtype=torch.float32)
     state = torch.randn(2, 4, 7, dtype=torch.float64)
-    hx = (state, state * 2) if CELLS[cell].has_c else state
+    hx = (state, state * 2) if TORCH_CELLS[cell].has_c else state
     base = torch.randn(6, 4, 6, dtype=torch.float64)
     calls: list[Callable[[], list[Tensor]]] = [
         lambda: train(module, base[..., :3]),

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
 from tests.tables import Case, assert_close
 
 ODD = (1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 31, 33, 37)
@@ -12,7 +12,7 @@ ODD = (1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 31, 33, 37)
 @st.composite
 def shapes(draw: st.DrawFn) -> Case:
     """A case of any cell and size."""
-    cell = draw(st.sampled_from(list(CELLS)))
+    cell = draw(st.sampled_from(list(TORCH_CELLS)))
     T, B = draw(st.integers(1, 12)), draw(st.sampled_from(ODD))
     I, H = draw(st.sampled_from(ODD)), draw(st.sampled_from((*ODD, 61, 67)))  # noqa: E741
     rows = draw(st.sampled_from(["padded", "unbatched", "packed", "sorted", "lengths"]))

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 import rnnkern
 from rnnkern import shortcut
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
 from tests.tables import Case, assert_close, cell_class, layer_class, nonlinearity, relative_rms
 
-every_cell = pytest.mark.parametrize("cell", CELLS)
+every_cell = pytest.mark.parametrize("cell", TORCH_CELLS)
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +98,7 @@ def test_cells(cell: str, shape: tuple[int, ...], given: bool, bias: bool) -> No
     ours = cell_class(rnnkern, cell)(3, 7, **options)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(shape, dtype=torch.float64)
-    start = tuple(torch.randn(*shape[:-1], 7, dtype=torch.float64) for _ in range(CELLS[cell].states))
+    start = tuple(torch.randn(*shape[:-1], 7, dtype=torch.float64) for _ in range(TORCH_CELLS[cell].states))
 
     def run(module: nn.Module, graded: bool) -> list[Tensor]:
         module.zero_grad()
@@ -122,7 +122,7 @@ def test_cells(cell: str, shape: tuple[int, ...], given: bool, bias: bool) -> No
 def test_some_gradients(cell: str, wanted: str) -> None:
     ours, theirs = twins(cell)
     x, h = torch.randn(5, 3, 3, dtype=torch.float64), torch.randn(1, 3, 7, dtype=torch.float64)
-    hx = (h, h) if CELLS[cell].has_c else h
+    hx = (h, h) if TORCH_CELLS[cell].has_c else h
     for module in (ours, theirs):
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(wanted == "weights" or (wanted == "one weight" and name == "weight_hh_l0"))
@@ -313,7 +313,7 @@ def test_second_derivatives(cell: str, options: dict[str, Any]) -> None:
 def test_second_derivatives_of_a_step(cell: str, shape: tuple[int, ...]) -> None:
     ours = cell_class(rnnkern, cell)(2, 3, dtype=torch.float64, **nonlinearity(cell))
     leaves = [torch.randn(*shape[:-1], n, dtype=torch.float64, requires_grad=True) for n in (2, 3, 3)]
-    count = CELLS[cell].states
+    count = TORCH_CELLS[cell].states
 
     def call(x: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         return tuple(flat(ours(x, (h, c) if count == 2 else h))) + (c.sum(),) * (count == 1)

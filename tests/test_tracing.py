@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnkern
-from rnnkern.cells import CELLS
+from rnnkern.cells import TORCH_CELLS
+from rnnkern.layer import Settings, plain_operands
 from tests.tables import cell_class, layer_class, nonlinearity
 
 # Dynamo instantiates every Function that it traces, and torch warns of that.
@@ -41,7 +42,7 @@ def fresh_dynamo() -> None:
 
 @pytest.mark.parametrize("given", [{}, {"lengths": LENGTHS}], ids=["padded", "lengths"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_compile_without_a_graph_break(cell: str, layout: str, given: dict[str, Tensor]) -> None:
     module = layer(cell, **LAYOUTS[layout])
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -116,7 +117,7 @@ def test_packed_sequences_compile_with_a_graph_break() -> None:
     assert torch.equal(compiled(packed)[0].data, module(packed)[0].data)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_lengths_out_of_range_raise_when_compiled(cell: str) -> None:
     module = layer(cell)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -125,7 +126,7 @@ def test_lengths_out_of_range_raise_when_compiled(cell: str) -> None:
         compiled(torch.randn(5, 2, 3), lengths=torch.tensor([1, 6]))
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_export(cell: str) -> None:
     module = layer(cell, **LAYOUTS["stacked"]).eval()
     sizes = {0: torch.export.Dim("B", min=2), 1: torch.export.Dim("T", min=2)}
@@ -143,7 +144,7 @@ def test_export_with_lengths() -> None:
 
 def samples(cell: str, backend: str) -> Iterator[tuple[Any, ...]]:
     """Arguments of rnnkern::layer, but for `save`: plain, bidirectional, lengths, batch-major, packed, projected."""
-    spec, hidden = CELLS[cell], 4
+    spec, hidden = TORCH_CELLS[cell], 4
     for directions, projection, lengths, batch_major, packed in (
         (1, 0, False, False, False),
         (2, 0, False, True, False),
@@ -157,41 +158,39 @@ def samples(cell: str, backend: str) -> Iterator[tuple[Any, ...]]:
         weights = [
             w.clone() for _ in range(directions) for w in one + [torch.randn(outputs, hidden)] * bool(projection)
         ]
-        yield (
-            cell,
-            backend,
-            batch_major,
+        operands = plain_operands(
             torch.randn(7, 2) if packed else x,
             torch.randn(directions, 3, outputs),
             torch.randn(directions, 3, hidden) if spec.has_c else None,
-            weights,
+            tuple(weights),
             torch.tensor([2, 5, 1]) if lengths else None,
             torch.tensor([3, 2, 2]) if packed else None,
         )
+        yield *Settings(cell, backend, batch_major), *operands
 
 
 @pytest.mark.parametrize("backend", ["numba", "host"])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_opcheck(cell: str, backend: str) -> None:
     for sample in samples(cell, backend):
         for save in (False, True):
             torch.library.opcheck(torch.ops.rnnkern.layer.default, (*sample, save))
         results = torch.ops.rnnkern.layer(*sample, True)
-        c0, weights = sample[5], sample[6]
-        everything = [True, True, c0 is not None, *(True for _ in weights)]
+        *_, c0, _, _, weights = sample
+        everything = [True, True, c0 is not None, False, False, *(True for _ in weights)]
         states_only = [False, True, *(False for _ in everything[2:])]
         dy, dh_n, dc_n = (
             torch.randn_like(results[0]),
             torch.randn_like(results[1]),
             None if c0 is None else torch.randn_like(c0),
         )
-        for grads, needs in (((dy, None, dc_n), everything), ((None, dh_n, None), states_only)):
+        for grads, needs in (((dy, None, dc_n, None), everything), ((None, dh_n, None, None), states_only)):
             torch.library.opcheck(
                 torch.ops.rnnkern.layer_backward.default, (*sample, results[0], *results[3:], *grads, needs)
             )
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 @pytest.mark.parametrize("gradients", [False, True])
 def test_fake_tensors_and_meta(cell: str, gradients: bool) -> None:
     with torch.set_grad_enabled(gradients):
@@ -208,7 +207,7 @@ def test_fake_tensors_and_meta(cell: str, gradients: bool) -> None:
                     assert all(p.grad.shape == p.shape for p in module.parameters())
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes of the checks become constants, as torch says
 def test_jit_trace(cell: str) -> None:
@@ -231,7 +230,7 @@ def test_make_fx(gradients: bool) -> None:
         assert torch.equal(graph(x), module(x)[0])
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_autocast(cell: str) -> None:
     module = layer(cell, num_layers=2)
     x = torch.randn(5, 2, 3)
@@ -252,7 +251,7 @@ def test_autocast(cell: str) -> None:
 
 @pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_autocast_of_cells_has_the_dtypes_of_torch(
     cell: str, input_dtype: torch.dtype, state: torch.dtype | None
 ) -> None:
@@ -260,7 +259,7 @@ def test_autocast_of_cells_has_the_dtypes_of_torch(
     for package in (rnnkern, nn):
         module = cell_class(package, cell)(3, 8, **nonlinearity(cell))
         h = None if state is None else torch.zeros(2, 8, dtype=state)
-        hx = h if h is None or not CELLS[cell].has_c else (h, h)
+        hx = h if h is None or not TORCH_CELLS[cell].has_c else (h, h)
         with torch.autocast("cpu", torch.bfloat16):
             states = module(torch.randn(2, 3, dtype=input_dtype), hx)
         dtypes.append([s.dtype for s in (states if isinstance(states, tuple) else (states,))])

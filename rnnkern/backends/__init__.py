@@ -46,6 +46,33 @@ def readable(tensor: Tensor) -> Tensor:
     return tensor if is_readable(tensor) else tensor.resolve_neg().contiguous()
 
 
+class Extras(NamedTuple):
+    """What a layer call asks for beyond the plain cell; each as it is here where nobody asks. Masks and resets go by
+    the sequences of x, in the order of its rows."""
+
+    input_mask: Tensor | None = None  # (D, B, I): factors of x, the same at every step
+    recurrent_mask: Tensor | None = None  # (D, B, P): factors of h where it meets W_hh
+    zoneout_mask_h: Tensor | None = None  # bool, (T, B, D*P) or packed (N, D*P): where h keeps its old value
+    zoneout_mask_c: Tensor | None = None  # bool, (T, B, D*H) or (N, D*H): where c does
+    # bool, (T, B), of one direction: where the states are replaced before the step, by zeros or by
+    reset: Tensor | None = None
+    reset_h: Tensor | None = None  # (B, P), or one for each step (T, B, P)
+    reset_c: Tensor | None = None  # (B, H), or (T, B, H)
+    zoneout_h: float = 0.0  # where there is no mask: the share of the old value in the new one
+    zoneout_c: float = 0.0
+    recompute: bool = False  # activations are not saved; backward computes them anew
+    states: bool = False  # c of every step is a result: `cells` in the rows of y, saved or not
+
+    @property
+    def zones(self) -> bool:
+        """Whether h is under zoneout."""
+        return self.zoneout_mask_h is not None or self.zoneout_h != 0
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return any(t is not None for t in self[:7]) or any(self[7:])
+
+
 class Layer(NamedTuple):
     """One layer's call. T steps, B sequences, I inputs, H units, P outputs a direction (H, or proj_size), D directions,
     N real steps of all sequences."""
@@ -62,6 +89,20 @@ class Layer(NamedTuple):
     batch_major: bool  # (T, B, ...) results are laid out in memory as (B, T, ...), as the input is
     # (B,) int64, unchecked: of a padded call, in the place of batch_sizes and order (see `Backend.as_given`)
     lengths: Tensor | None = None
+    extras: Extras = Extras()
+
+    @property
+    def plain(self) -> bool:
+        """Whether the cell's equations are all there is: torch.nn's, but for the cells that it lacks."""
+        weights = self.weights[0]
+        return not self.extras and weights.weight_ch is None and weights.ln_ih_weight is None and self.cell.in_torch
+
+    @property
+    def kept(self) -> int:
+        """How many blocks of H a forward step keeps for backward, beside y and c."""
+        if self.extras.recompute:
+            return 0
+        return self.cell.kept(self.extras.zones, self.weights[0].ln_ih_weight is not None)
 
     @property
     def hidden(self) -> int:
@@ -92,6 +133,11 @@ class Layer(NamedTuple):
             return self.x.new_empty(int(self.batch_sizes.sum()), *shape, dtype=dtype)
         return self.rows(*shape, dtype=dtype)
 
+    def cell_rows(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer for c of every step: saved rows, or rows like those of y where it is a result."""
+        rows = self.rows if self.extras.states else self.saved_rows
+        return rows(len(self.weights), self.hidden, dtype=dtype)
+
 
 class Needs(NamedTuple):
     """Which gradients a backward sweep is asked for."""
@@ -99,6 +145,8 @@ class Needs(NamedTuple):
     x: bool
     h0: bool
     c0: bool
+    reset_h: bool
+    reset_c: bool
     weights: tuple[Weights, ...]  # for each direction a truth value in the place of each weight
 
 
@@ -106,12 +154,26 @@ class Saved(NamedTuple):
     """What a backward sweep reads of the forward one. Not the final states: callers may change those in place."""
 
     y: Tensor  # (T, B, D*P), or packed (N, D*P)
-    gates: Tensor | None  # (T, B, D, saved*H), or where lengths differ (N, D, saved*H), activated
-    cells: Tensor | None  # (T, B, D, H) or (N, D, H)
+    gates: Tensor | None  # (T, B, D, kept*H), or where lengths differ (N, D, kept*H), activated (`Layer.kept`)
+    cells: Tensor | None  # (T, B, D, H) or (N, D, H), as `Layer.cell_rows` lays them out
+
+
+class Cotangents(NamedTuple):
+    """The gradients of what a layer gives; None for zero."""
+
+    y: Tensor | None  # (T, B, D*P) or (N, D*P)
+    h_n: Tensor | None  # (D, B, P)
+    c_n: Tensor | None = None  # (D, B, H)
+    cells: Tensor | None = None  # (T, B, D, H) or (N, D, H), where they are a result (`Extras.states`)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Cotangents":
+        """The same, each that is there put through `change`."""
+        return Cotangents(*(None if g is None else change(g) for g in self))
 
 
 class States(NamedTuple):
-    """What a forward sweep gives; gates and cells are None in inference and for cells that save nothing."""
+    """What a forward sweep gives. Gates and cells are None in inference, but for cells that are a result, and where
+    nothing of the kind is kept."""
 
     y: Tensor  # (T, B, D*P) or (N, D*P)
     h_n: Tensor  # (D, B, P): the state after each sequence's own last step
@@ -160,11 +222,9 @@ class Backend(Protocol):
     def forward(self, layer: Layer, save: bool) -> States:
         """Runs the layer; `save` keeps what backward needs."""
 
-    def backward(
-        self, layer: Layer, saved: Saved, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, needs: Needs
-    ) -> list[Tensor | None]:
-        """The gradients of x, h0, c0 and of the five weights of each direction in turn, None where nobody asks, from
-        the gradients of the results (None: zero)."""
+    def backward(self, layer: Layer, saved: Saved, grads: Cotangents, needs: Needs) -> list[Tensor | None]:
+        """The gradients of x, h0, c0, reset_h, reset_c and of all `Weights` of each direction in turn, None where
+        nobody asks."""
 
     def inference_plan(
         self, form: "Form", x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rnnkern import checks
-from rnnkern.backends import Layer, Needs, Saved, States, compute_dtype, is_readable, readable
+from rnnkern.backends import Cotangents, Layer, Needs, Saved, States, compute_dtype, is_readable, readable
 from rnnkern.cells import Weights
 
 Layout = tuple[int, int, int, int]  # address, and what lies between steps, sequences and directions
@@ -210,18 +210,18 @@ class SweepBackend:
         )
         return States(y, h_n, c, gates, cells)
 
-    def backward(
-        self, layer: Layer, saved: Saved, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, needs: Needs
-    ) -> list[Tensor | None]:
+    def backward(self, layer: Layer, saved: Saved, grads: Cotangents, needs: Needs) -> list[Tensor | None]:
         layer, sequences = _sequences(_prepared(layer), self.in_sight)
-        given, saved = None if dy is None else readable(dy), saved._replace(y=readable(saved.y))
-        rows = self._sweep_backward(layer, sequences, saved, given, dh_n, dc_n)
+        dy, saved = None if grads.y is None else readable(grads.y), saved._replace(y=readable(saved.y))
+        rows = self._sweep_backward(layer, sequences, saved, dy, grads.h_n, grads.c_n)
         with _products.as_in_sweeps(layer.x):
             real = _without_padding(layer, sequences) if any(w.weight_ih for w in needs.weights) else layer
             return [
                 _input_gradient(layer, rows.dgx) if needs.x else None,
                 rows.dh0 if needs.h0 else None,
                 rows.dc if needs.c0 else None,
+                None,
+                None,
                 *(
                     gradient
                     for d, wanted in enumerate(needs.weights)
@@ -374,4 +374,5 @@ def _weight_gradients(layer: Layer, rows: _Gradients, d: int, wanted: Weights) -
         part(rows.dgx).sum(0) if wanted.bias_ih else None,
         part(rows.dgh).sum(0) if wanted.bias_hh else None,
         part(rows.dh_projected).t() @ part(rows.unprojected) if wanted.weight_hr else None,
+        *(None,) * 7,
     )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnkern.backends import Layer, Needs, Saved, States, readable
+from rnnkern.backends import Cotangents, Layer, Needs, Saved, States, readable
 from rnnkern.backends.numba_cpu.ahead import inference_plan, layer_plan
 from rnnkern.backends.numba_cpu.kernels import KERNELS, pack_for_backward, pack_for_forward
 from rnnkern.backends.numba_cpu.plans import WEIGHTS, BackwardPlan, Cut, ForwardPlan
@@ -25,7 +25,7 @@ def _named(layer: Layer) -> dict[str, Tensor | None]:
     """The tensors of a call by the names that plans give them."""
     tensors = {"x": layer.x, "h0": layer.h0, "c0": layer.c0}
     for d, weights in enumerate(layer.weights):
-        tensors |= {f"{name}{d}": weight for name, weight in zip(WEIGHTS, weights, strict=True)}
+        tensors |= {f"{name}{d}": weight for name, weight in zip(WEIGHTS, weights, strict=False)}
     if layer.batch_sizes is not None:
         tensors["counts"] = layer.batch_sizes.contiguous()
         tensors["starts"] = layer.batch_sizes.cumsum(0) - layer.batch_sizes
@@ -83,15 +83,14 @@ def forward(layer: Layer, save: bool) -> States:
     return states
 
 
-def backward(
-    layer: Layer, saved: Saved, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, needs: Needs
-) -> list[Tensor | None]:
+def backward(layer: Layer, saved: Saved, grads: Cotangents, needs: Needs) -> list[Tensor | None]:
     layer = _prepared(layer)
     y, gates, cells = (None if t is None else readable(t) for t in saved)
     assert y is not None
     saved = Saved(y, gates, cells)
     tensors = _named(layer) | saved._asdict()
-    tensors |= {name: None if g is None else readable(g) for name, g in (("dy", dy), ("dh_n", dh_n), ("dc_n", dc_n))}
+    grads = grads.map(readable)
+    tensors |= {"dy": grads.y, "dh_n": grads.h_n, "dc_n": grads.c_n}
     tensors["dh0"] = torch.empty_like(layer.h0, memory_format=torch.contiguous_format)
     tensors["dc0"] = None if layer.c0 is None else torch.empty_like(layer.c0, memory_format=torch.contiguous_format)
     key = _strides(layer.x, layer.h0, layer.c0, *saved, *(t for w in layer.weights for t in w))
@@ -99,7 +98,7 @@ def backward(
     new = layer.x.new_empty if cut.shares else layer.x.new_zeros  # without a sequence nobody writes the gradients
     for d, (weights, wanted) in enumerate(zip(layer.weights, needs.weights, strict=True)):
         tensors[f"dx{d}"] = layer.rows(layer.x.shape[-1]) if needs.x else None
-        for name, weight, want in zip(WEIGHTS, weights, wanted, strict=True):
+        for name, weight, want in zip(WEIGHTS, weights, wanted, strict=False):
             tensors[f"d{name}{d}"] = new(cut.parts, *weight.shape) if want and weight is not None else None
     if cut.shares:
         given = _strides(tensors["dy"], tensors["dh_n"], tensors["dc_n"])
@@ -109,7 +108,9 @@ def backward(
         _input_gradient(tensors, len(layer.weights)) if needs.x else None,
         tensors["dh0"] if needs.h0 else None,
         tensors["dc0"] if needs.c0 else None,
-        *(_total(tensors[f"d{name}{d}"]) for d in range(len(layer.weights)) for name in WEIGHTS),
+        None,
+        None,
+        *(_total(tensors.get(f"d{name}{d}")) for d in range(len(layer.weights)) for name in (*WEIGHTS, *[""] * 7)),
     ]
 
 

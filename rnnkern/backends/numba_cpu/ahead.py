@@ -64,7 +64,7 @@ class _Ahead:
 
     def __init__(self, form: Form, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
         self.form, self.kernels = form, KERNELS[form.cell]
-        self.sweeps = split_directions(weights, form.layers * form.directions)
+        self.sweeps = split_directions(form.spec, weights, form.layers * form.directions)
         self.outputs = self.sweeps[0].weight_hh.shape[1]
         self.hidden = self.sweeps[0].weight_hh.shape[0] // len(form.spec.gates)
         self.has_c = form.spec.has_c
