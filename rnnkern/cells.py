@@ -96,9 +96,33 @@ def weight_names(cell: CellSpec, bias: bool, projects: bool, peephole: bool, lay
     )
 
 
+def weight_shapes(cell: CellSpec, inputs: int, hidden: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every field of `Weights`."""
+    rows = len(cell.gates) * hidden
+    return {
+        "weight_ih": (rows, inputs),
+        "weight_hh": (rows, outputs),
+        "bias_ih": (rows,),
+        "bias_hh": (rows,),
+        "weight_hr": (outputs, hidden),
+        "weight_ch": (3 * hidden,),
+        "ln_ih_weight": (rows,),
+        "ln_ih_bias": (rows,),
+        "ln_hh_weight": (rows,),
+        "ln_hh_bias": (rows,),
+        "ln_c_weight": (hidden,),
+        "ln_c_bias": (hidden,),
+    }
+
+
+def own_weight_names(cell: CellSpec, peephole: bool, layer_norm: bool) -> list[str]:
+    """Those fields of `Weights` that torch.nn lacks."""
+    return weight_names(cell, False, False, peephole, layer_norm)[2:]
+
+
 def named_weights(cell: CellSpec, flat: Sequence[Tensor], peephole: bool = False, layer_norm: bool = False) -> Weights:
     """The weights of one direction from a list in the order of `Weights`, those that are missing left out."""
-    beside = len(flat) - 2 - int(peephole) - (0 if not layer_norm else 6 if cell.has_c else 4)
+    beside = len(flat) - 2 - len(own_weight_names(cell, peephole, layer_norm))
     names = weight_names(cell, beside >= 2, bool(beside % 2), peephole, layer_norm)
     return Weights(**dict(zip(names, flat, strict=True)))
 

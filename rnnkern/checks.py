@@ -5,13 +5,13 @@ A message names the argument, what was expected, what came, and what to do where
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern.cells import CellSpec, Weights
+from rnnkern.cells import CellSpec, Weights, own_weight_names, weight_shapes
 
 if TYPE_CHECKING:
     from rnnkern.layer import Operands
@@ -34,20 +34,7 @@ def operands(cell: CellSpec, given: "Operands", weights: tuple[Weights, ...]) ->
     inputs, gates = x.shape[-1], len(cell.gates)
     hidden, outputs = weights[0].weight_hh.shape[0] // gates, weights[0].weight_hh.shape[1]
     for w in weights:
-        expected = {
-            "weight_ih": (gates * hidden, inputs),
-            "weight_hh": (gates * hidden, outputs),
-            "bias_ih": (gates * hidden,),
-            "bias_hh": (gates * hidden,),
-            "weight_hr": (outputs, hidden),
-            "weight_ch": (3 * hidden,),
-            "ln_ih_weight": (gates * hidden,),
-            "ln_ih_bias": (gates * hidden,),
-            "ln_hh_weight": (gates * hidden,),
-            "ln_hh_bias": (gates * hidden,),
-            "ln_c_weight": (hidden,),
-            "ln_c_bias": (hidden,),
-        }
+        expected = weight_shapes(cell, inputs, hidden, outputs)
         if w.weight_hr is not None and not cell.has_c:
             raise RuntimeError(
                 f"weight_hr: only an LSTM can project its state, got {_shape(w.weight_hr)} for {cell.name}"
@@ -78,7 +65,7 @@ def operands(cell: CellSpec, given: "Operands", weights: tuple[Weights, ...]) ->
 
 
 def _masks(given: "Operands", directions: int, hidden: int) -> None:
-    """Masks and resets, which functional.py draws and lays out."""
+    """Masks and resets, which stack.py lays out."""
     x, (_, batch, outputs), rows = given.x, given.h0.shape, tuple(given.x.shape[:-1])
     expected: dict[str, list[tuple[int, ...]]] = {
         "input_mask": [(directions, batch, x.shape[-1])],
@@ -205,16 +192,21 @@ def packed(sequence: PackedSequence, who: str) -> None:
             raise RuntimeError(f"{who}: {name}: expected shape (B,) = ({batch},), got {_shape(order)}")
 
 
-def weight_lists(weights: Sequence[Sequence[Tensor]], directions: int, who: str) -> None:
+def weight_lists(
+    weights: Sequence[Sequence[Tensor]], directions: int, cell: CellSpec, peephole: bool, layer_norm: bool, who: str
+) -> None:
     """One list of weights for each layer and direction."""
     if not weights or len(weights) % directions:
         expected = "two lists for each layer, one a direction" if directions == 2 else "a list for each layer"
         raise ValueError(f"{who}: weights: expected {expected}, got {len(weights)} list(s)")
+    own = own_weight_names(cell, peephole, layer_norm)
     for index, flat in enumerate(weights):
-        if not 2 <= len(flat) <= 5 or len(flat) != len(weights[0]) or not all(isinstance(w, Tensor) for w in flat):
+        beside = len(flat) - len(own)
+        if not 2 <= beside <= 5 or len(flat) != len(weights[0]) or not all(isinstance(w, Tensor) for w in flat):
+            last = f"and {', '.join(own)} at the end, " if own else "(others only with peephole or layer_norm), "
             raise ValueError(
                 f"{who}: weights[{index}]: expected tensors [w_ih, w_hh], optionally with b_ih and b_hh and with w_hr, "
-                f"as many as in weights[0], got {[type(w).__name__ for w in flat]}"
+                f"{last}as many as in weights[0], got {[type(w).__name__ for w in flat]}"
             )
 
 
@@ -248,6 +240,67 @@ def states(given: Sequence[Tensor], expected: Sequence[tuple[int, ...]], input: 
         if _shape(tensor) != shape:
             raise RuntimeError(f"{who}: {name}: expected (layers*directions, B, units) = {shape}, got {_shape(tensor)}")
         _same_kind(f"{who}: {name}", tensor, input)
+
+
+def reset(given: object, rows: tuple[int, ...], bidirectional: bool, input: Tensor, who: str) -> None:
+    """The argument `reset` of a padded call, beside an input of the shape (*rows, I)."""
+    if bidirectional:
+        raise ValueError(
+            f"{who}: reset: a bidirectional layer has read what comes behind a reset before it comes to it; "
+            "use a layer of one direction"
+        )
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{who}: reset: expected a bool tensor of shape {rows}, got {type(given).__name__}")
+    if given.dtype != torch.bool:
+        raise TypeError(f"{who}: reset: expected dtype bool, got {given.dtype}; use reset.bool()")
+    if _shape(given) != rows:
+        raise ValueError(
+            f"{who}: reset: expected shape {rows}, that of the input without its last, got {_shape(given)}"
+        )
+    _same_kind(f"{who}: reset", given, input, torch.bool)
+
+
+def no_reset(given: object, why: str) -> None:
+    if given is not None:
+        raise ValueError(f"reset: {why}; leave reset out")
+
+
+def reset_to_alone(reset: object, reset_to: object) -> None:
+    if reset is None and reset_to is not None:
+        raise ValueError("reset_to: it is what a reset sets the states to, and there is no reset; give reset too")
+
+
+class ResetStates(NamedTuple):
+    """What the states of `reset_to` must look like: L layers, of B sequences (none when unbatched) of T steps."""
+
+    steps: int
+    layers: int
+    batch: tuple[int, ...]
+    units: Sequence[int]  # of h, and of c where there is one
+
+    def shapes(self, units: int) -> list[tuple[int, ...]]:
+        """Those that there may be: one for all sequences, one for each, one for each step."""
+        shared = [(self.layers, 1, units)] if self.batch else []
+        each = (self.layers, *self.batch, units)
+        return [*shared, each, (self.steps, *each)]
+
+
+def reset_to(given: Sequence[Tensor] | Tensor, expected: ResetStates, input: Tensor, who: str) -> None:
+    """The argument `reset_to`."""
+    count = len(expected.units)
+    if isinstance(given, Tensor) or len(given) != count:
+        came = f"one tensor of shape {_shape(given)}" if isinstance(given, Tensor) else f"{len(given)} of them"
+        raise RuntimeError(f"{who}: reset_to: expected {'a pair (h, c)' if count == 2 else 'one state h'}, got {came}")
+    for name, state, units in zip(("reset_to h", "reset_to c"), given, expected.units, strict=False):
+        if not isinstance(state, Tensor):
+            raise TypeError(f"{who}: {name}: expected a tensor, got {type(state).__name__}")
+        shapes = expected.shapes(units)
+        if _shape(state) not in shapes:
+            raise RuntimeError(
+                f"{who}: {name}: expected one of the shapes (layers, 1, units), (layers, B, units) and "
+                f"(T, layers, B, units), without B when unbatched, {', '.join(map(str, shapes))}, got {_shape(state)}"
+            )
+        _same_kind(f"{who}: {name}", state, input)
 
 
 def no_projection(proj_size: int) -> None:

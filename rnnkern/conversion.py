@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from rnnkern import modules
+from rnnkern.options import PLAIN
 
 # Each of torch.nn's classes and its counterpart here.
 COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
@@ -17,7 +18,7 @@ COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 # What rnnkern's modules have beyond torch.nn's.
-_OWN_ATTRIBUTES = ("backend",)
+_OWN_ATTRIBUTES = ("backend", "options")
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -45,6 +46,9 @@ def to_torch(model: nn.Module) -> nn.Module:
     scripting or quantisation.
 
     Args, returns and errors as for :func:`convert`, with the two sides exchanged.
+
+    Raises:
+        ValueError: also for a module with an option that torch.nn lacks. Nothing has been changed then.
     """
     return _replace_all(model, {ours: theirs for theirs, ours in COUNTERPARTS.items()}, _check_own)
 
@@ -80,6 +84,15 @@ def _check_torch(name: str, module: nn.Module) -> None:
     _check_parameters(name, module)
 
 
+def _check_options(name: str, module: nn.Module) -> None:
+    """Refuses what torch.nn's modules cannot be asked for."""
+    if isinstance(module, modules.LSTM | modules.GRU | modules.RNN) and module.options != PLAIN:
+        raise ValueError(
+            f"{name}: torch.nn.{type(module).__name__} has no {', '.join(module.options.changed())}; take that back "
+            "first where the model can do without it (module.recompute = False). Nothing was changed"
+        )
+
+
 def _check_own(name: str, module: nn.Module) -> None:
     if isinstance(module, tuple(COUNTERPARTS.values())):
         if type(module) not in COUNTERPARTS.values() and not nn.utils.parametrize.is_parametrized(module):
@@ -87,6 +100,7 @@ def _check_own(name: str, module: nn.Module) -> None:
                 f"{name}: {type(module).__qualname__} is a subclass of rnnkern's; "
                 "replace it by hand. Nothing was changed"
             )
+        _check_options(name, module)
         _check_parameters(name, module)
 
 

@@ -1,74 +1,102 @@
-"""LSTM, GRU, RNN and their cells: torch.nn's parameters, initialisation, state_dict and repr, rnnkern's computation.
+"""LSTM, GRU and RNN: torch.nn's parameters, initialisation, state_dict and repr, rnnkern's computation and options.
 
 The layers derive from torch.nn.RNNBase, not from torch.nn.LSTM: TorchDynamo refuses every instance of torch.nn.LSTM,
-GRU and RNN. Weights are read by attribute at each call, so that parametrisations, weight tying and
-torch.func.functional_call are seen.
+GRU and RNN.
 """
 
-from collections.abc import Sequence
-from typing import Any, NoReturn, overload
+from collections.abc import Iterable
+from math import sqrt
+from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter, init
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern import checks, shortcut
-from rnnkern.autograd import apply_layer
-from rnnkern.backends import backend_names
-from rnnkern.cells import CELL_OF_MODE, CELLS, CellSpec, Weights
-from rnnkern.compat import autocast_dtype
-from rnnkern.functional import Options, States, one_state, run
-from rnnkern.layer import Settings, plain_operands
+from rnnkern import checks
+from rnnkern.cells import CELL_OF_MODE, CELLS, own_weight_names, weight_shapes
+from rnnkern.module_base import Shared, attributes
+from rnnkern.options import PLAIN, Option, Options, Zoneout, checked, kind_of
+from rnnkern.stack import Call, States, one_state, run
+from rnnkern.step_modules import GRUCell, LSTMCell, RNNCell
 
-NO_SCRIPT = (
-    "torch.jit.script cannot compile rnnkern.{}; script the model with torch.nn's own modules, "
-    "rnnkern.to_torch(model), or use torch.compile or torch.export"
-)
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
 
-def attributes(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
-    """The weights of these names, by the quickest way there is."""
-    parameters: dict[str, Any] = module._parameters
-    try:
-        return [parameters[name] for name in names]
-    except KeyError:  # a parametrised or pruned weight is an attribute, not a parameter
-        return [getattr(module, name) for name in names]
-
-
-class _Shared(torch.nn.Module):
-    """What the layers and the cells add to torch.nn's base classes."""
-
-    backend: str
-
-    def _set_backend(self, backend: str) -> None:
-        checks.backend_name(backend, backend_names())
-        self.backend = backend
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend!r}")
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__.setdefault("backend", "auto")
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        raise RuntimeError(NO_SCRIPT.format(type(self).__name__))
-
-
-class _Layers(_Shared, torch.nn.RNNBase):
+class _Layers(Shared, torch.nn.RNNBase):
     """The part of a layer module that does not depend on its cell."""
 
-    def __init__(self, mode: str, input_size: int, hidden_size: int, *args: Any, backend: str, **kwargs: Any) -> None:
+    options: Options
+    input_dropout, recurrent_dropout, weight_dropout, zoneout = Option(), Option(), Option(), Option()
+    layer_norm, peephole, reset_after, recompute = Option(), Option(), Option(), Option()
+
+    def __init__(
+        self, mode: str, input_size: int, hidden_size: int, *args: Any, backend: str, options: Options
+    ) -> None:
         self._set_backend(backend)
-        super().__init__(mode, input_size, hidden_size, *args, **kwargs)
+        self.options = checked(kind_of(mode), options)
+        super().__init__(mode, input_size, hidden_size, *args)
+        self._add_weights()
+
+    def _add_weights(self) -> None:
+        """Registers what torch.nn lacks behind all that it has."""
+        cell, outputs = CELL_OF_MODE[self.mode], self.proj_size or self.hidden_size
+        names = own_weight_names(cell, self.options.peephole, self.options.layer_norm)
+        if not names:
+            return
+        shapes = weight_shapes(cell, self.input_size, self.hidden_size, outputs)
+        like: Any = self.weight_ih_l0
+        added = []
+        for own in self._all_weights:
+            suffix = own[0].removeprefix("weight_ih")
+            for name in names:
+                parameter = Parameter(torch.empty(shapes[name], device=like.device, dtype=like.dtype))
+                self.register_parameter(name + suffix, parameter)
+                own.append(name + suffix)
+                added.append((name + suffix, parameter))
+        self._flat_weights_names = [name for own in self._all_weights for name in own]
+        self._init_flat_weights()
+        self._initialise(added)
+
+    def reset_parameters(self) -> None:
+        """Draws all weights anew, but for those of LayerNorm, which become 1, and its biases, 0."""
+        self._initialise(self.named_parameters())
+
+    def _initialise(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        bound = 1 / sqrt(self.hidden_size)
+        for full_name, parameter in parameters:
+            name = full_name.removeprefix("parametrizations.")
+            if name.startswith("ln_"):
+                init.constant_(parameter, float("_weight_" in name))
+            else:
+                init.uniform_(parameter, -bound, bound)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self.options.text()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("options", PLAIN)  # of a module from before there were any
 
     def flatten_parameters(self) -> None:
         """Nothing to do: rnnkern's kernels read weights wherever they lie. Kept for code written for torch.nn."""
 
-    def _run(self, input: Any, hx: States | None, lengths: Tensor | None) -> tuple[Any, States]:
+    def _run(
+        self, input: Any, hx: States | None, lengths: Tensor | None, reset: Tensor | None, reset_to: States | None
+    ) -> tuple[Any, States]:
         weights = [attributes(self, names) for names in self._all_weights]
-        options = Options(self.bidirectional, self.batch_first, self.dropout, self.training, self.backend)
-        return run(CELL_OF_MODE[self.mode].name, type(self).__name__, input, hx, weights, lengths, options)
+        call = Call(
+            self.bidirectional,
+            self.batch_first,
+            self.dropout,
+            self.training,
+            self.backend,
+            self.options,
+            lengths,
+            reset,
+            reset_to,
+        )
+        return run(CELL_OF_MODE[self.mode].name, type(self).__name__, input, hx, weights, call)
 
 
 class LSTM(_Layers):
@@ -82,6 +110,21 @@ class LSTM(_Layers):
             as in ``torch.nn.LSTM``, with the same parameters, names, shapes and initialisation.
         backend: "auto" (the fastest for the device of the input), or one that ``python -m rnnkern`` lists: it runs,
             or raises.
+        input_dropout: probability p: x_t * m in every layer, m (B, I) drawn once a call, layer and direction, 0 or
+            1/(1-p), the same at every step. In training. (Gal and Ghahramani 2016)
+        recurrent_dropout: probability: h_{t-1} * m where it meets W_hh, m (B, P) likewise. (Gal and Ghahramani 2016)
+        weight_dropout: probability: W_hh * m, m of its shape, drawn once a call. In training. (Merity 2017)
+        zoneout: probability z for h and c, or (of h, of c): each unit keeps its old value with probability z, drawn for
+            each step and unit in training; z*old + (1-z)*new otherwise. On the projected h. (Krueger 2016)
+        layer_norm: LN(W_ih x_t) + b_ih and LN(W_hh h_{t-1}) + b_hh, each over all 4H, and h = o * tanh(LN(c)); c itself
+            is carried as it is; eps 1e-5. Parameters ln_ih_weight_l0, ln_ih_bias_l0, ln_hh_weight_l0, ln_hh_bias_l0
+            (4H,), ln_c_weight_l0, ln_c_bias_l0 (H,) and so on, 1 and 0 at first. (Ba 2016)
+        peephole: i and f also see p * c_{t-1}, o sees p * c_t. Parameter weight_ch_l0 (3H,) and so on, in the order
+            i, f, o. (Gers 2002)
+        recompute: nothing but h and c of each step is kept for backward, which runs forward again: less memory.
+        reset_after: of :class:`GRU`.
+
+        All of them can be read as attributes, and changed there but for layer_norm and peephole.
 
     Call with:
         input: (T, B, I), (B, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence; in the dtype of the
@@ -91,12 +134,19 @@ class LSTM(_Layers):
         lengths: (B,) int64, 1 <= length <= T, in any order, for padded input: outputs past a length are zero, the
             final states are each sequence's own, and the reverse direction starts at its end. Not with a
             PackedSequence, not unbatched.
+        reset: bool (T, B), (B, T) with ``batch_first``, (T,) unbatched: where true, the states of that sequence are
+            replaced before that step (at the first one: hx is). One direction, not with a PackedSequence; ignored past
+            a length. No value and no gradient of the old state passes.
+        reset_to: what by: zeros if left out, or (h, c), each (layers, 1, n) or (layers, B, n) for all steps or
+            (T, layers, B, n) one for each; time first also with ``batch_first``; without B when unbatched.
 
     Returns:
         output (T, B, directions*P) in the form of the input, and (h_n, c_n) in the shapes of hx.
 
     Raises:
-        ValueError: input of another rank or dtype, lengths out of range, an unknown backend.
+        ValueError: input of another rank or dtype, lengths out of range, an unknown backend, a probability outside
+            0..1, an option that has no meaning for the cell, a reset of another shape or where it has no meaning.
+        TypeError: a switch that is no bool, a reset that is no bool tensor.
         RuntimeError: sizes, states or devices that do not fit, a sequence of length 0, a backend that cannot run here.
 
     Source: Hochreiter and Schmidhuber 1997; Gers et al. 2000; proj_size: Sak et al. 2014.
@@ -116,7 +166,18 @@ class LSTM(_Layers):
         dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
+        input_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        zoneout: Zoneout = 0.0,
+        layer_norm: bool = False,
+        peephole: bool = False,
+        recompute: bool = False,
+        reset_after: bool = True,
     ) -> None:
+        options = Options(
+            input_dropout, recurrent_dropout, weight_dropout, zoneout, layer_norm, peephole, reset_after, recompute
+        )
         super().__init__(
             "LSTM",
             input_size,
@@ -130,11 +191,18 @@ class LSTM(_Layers):
             device,
             dtype,
             backend=backend,
+            options=options,
         )
 
     @overload
     def forward(
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor | None = None
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        reset_to: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
 
     @overload
@@ -143,9 +211,15 @@ class LSTM(_Layers):
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        reset_to: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        output, (h_n, c_n) = self._run(input, hx, lengths)
+        output, (h_n, c_n) = self._run(input, hx, lengths, reset, reset_to)
         return output, (h_n, c_n)
 
 
@@ -154,7 +228,13 @@ class _OneState(_Layers):
 
     @overload
     def forward(
-        self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        reset_to: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     @overload
@@ -163,9 +243,15 @@ class _OneState(_Layers):
     ) -> tuple[PackedSequence, Tensor]: ...
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        reset_to: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
-        output, (h_n,) = self._run(input, one_state(hx), lengths)
+        output, (h_n,) = self._run(input, one_state(hx), lengths, reset, one_state(reset_to))
         return output, h_n
 
 
@@ -175,8 +261,11 @@ class GRU(_OneState):
     .. math:: r, z = \sigma(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), \quad
         n = \tanh(W_{in} x_t + b_{in} + r * (W_{hn} h_{t-1} + b_{hn})), \quad h_t = (1 - z) * n + z * h_{t-1}
 
-    Arguments, call, results and errors as for :class:`LSTM`, without proj_size and with one state: hx is h0, and h_n is
-    returned.
+    or, with ``reset_after=False``, :math:`n = \tanh(W_{in} x_t + b_{in} + W_{hn} (r * h_{t-1}) + b_{hn})`, where
+    layer_norm is not to be had and dropout of the recurrent input is of :math:`r * (h_{t-1} * m)`.
+
+    Arguments, call, results and errors as for :class:`LSTM`, without proj_size and peephole and with one state: hx is
+    h0, reset_to is h, zoneout is a number, layer_norm has no weights for c, and h_n is returned.
 
     Source: Cho et al. 2014, with the reset gate applied after the product, as torch.nn.GRU and cuDNN have it.
     """
@@ -194,9 +283,20 @@ class GRU(_OneState):
         dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
+        input_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        layer_norm: bool = False,
+        reset_after: bool = True,
+        recompute: bool = False,
+        peephole: bool = False,
         proj_size: int = 0,
     ) -> None:
         checks.no_projection(proj_size)
+        options = Options(
+            input_dropout, recurrent_dropout, weight_dropout, zoneout, layer_norm, peephole, reset_after, recompute
+        )
         super().__init__(
             "GRU",
             input_size,
@@ -210,6 +310,7 @@ class GRU(_OneState):
             device,
             dtype,
             backend=backend,
+            options=options,
         )
 
 
@@ -218,7 +319,8 @@ class RNN(_OneState):
 
     .. math:: h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
 
-    or the relu of the same with ``nonlinearity="relu"``. Arguments, call, results and errors as for :class:`GRU`.
+    or the relu of the same with ``nonlinearity="relu"``. Arguments, call, results and errors as for :class:`GRU`,
+    without reset_after and recompute (nothing but h is kept anyway).
 
     Source: Elman 1990.
     """
@@ -237,9 +339,20 @@ class RNN(_OneState):
         dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
+        input_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        layer_norm: bool = False,
+        reset_after: bool = True,
+        recompute: bool = False,
+        peephole: bool = False,
         proj_size: int = 0,
     ) -> None:
         checks.no_projection(proj_size)
+        options = Options(
+            input_dropout, recurrent_dropout, weight_dropout, zoneout, layer_norm, peephole, reset_after, recompute
+        )
         checks.nonlinearity(nonlinearity)
         self.nonlinearity = nonlinearity
         mode = CELLS[f"rnn_{nonlinearity}"].mode
@@ -256,132 +369,5 @@ class RNN(_OneState):
             device,
             dtype,
             backend=backend,
+            options=options,
         )
-
-
-def _cell_in_autocast(
-    spec: CellSpec, dtype: torch.dtype, input: Tensor, hx: States, weights: Weights
-) -> tuple[Tensor, States, Weights]:
-    """All in one dtype, as torch's cells choose it under autocast: that of the state (c, which rounding at every step
-    would spoil), but the autocast dtype for a plain RNN."""
-    plain = spec.mode.startswith("RNN") and hx[-1].dtype != torch.float64
-    dtype = dtype if plain else hx[-1].dtype
-    return input.to(dtype), tuple(s.to(dtype) for s in hx), weights.map(lambda w: w.to(dtype))
-
-
-_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-
-
-class _Cell(_Shared, torch.nn.RNNCellBase):
-    """The part of a *Cell module that does not depend on its cell: one step, which is a sequence of length 1."""
-
-    def _step(self, cell: str, input: Tensor, hx: States | None) -> States:
-        flat = attributes(self, _CELL_WEIGHTS if self.bias else _CELL_WEIGHTS[:2])
-        if torch.compiler.is_compiling():
-            return self._ordinary_step(cell, input, hx, Weights(*flat))
-        form = (cell, self.backend, 1, 1, False, True)
-        description = shortcut.describe(form, input, hx, flat)
-        plan = shortcut.find(description)
-        if plan is not None:
-            return plan(input, hx or (), flat)[1]
-        states = self._ordinary_step(cell, input, hx, Weights(*flat))
-        shortcut.learn(description, form, input, hx, flat)
-        return states
-
-    def _ordinary_step(self, cell: str, input: Tensor, hx: States | None, weights: Weights) -> States:
-        """A step with all its checks."""
-        who, spec = type(self).__name__, CELLS[cell]
-        checks.input_rank(input, (1, 2), who)
-        unbatched = input.dim() == 1
-        if hx is not None:
-            checks.cell_states_rank(hx, input.dim(), who)
-        if unbatched:
-            input, hx = input.unsqueeze(0), None if hx is None else tuple(s.unsqueeze(0) for s in hx)
-        if hx is None:
-            hx = (input.new_zeros(input.shape[0], weights.weight_hh.shape[1]),) * spec.states
-        autocast = autocast_dtype(input.device.type)
-        if autocast is not None:
-            input, hx, weights = _cell_in_autocast(spec, autocast, input, hx, weights)
-        checks.cell_input(input, weights.weight_ih, who)
-        checks.cell_states(hx, spec.states, input, weights.weight_hh.shape[1], who)
-        h0, c0 = hx[0].unsqueeze(0), hx[1].unsqueeze(0) if spec.has_c else None
-        operands = plain_operands(input.unsqueeze(0), h0, c0, tuple(weights.present()))
-        results = apply_layer(Settings(cell, self.backend, False), operands)
-        states = tuple(state[0] for state in (results.h_n, results.c_n) if state is not None)
-        return tuple(s.squeeze(0) for s in states) if unbatched else states
-
-
-class LSTMCell(_Cell, torch.nn.LSTMCell):
-    """One step of an LSTM in place of ``torch.nn.LSTMCell``: input (B, I) or (I,), hx (h, c) of (B, H) or (H,), returns
-    (h, c).
-
-    The equation, the backends and the errors are those of :class:`LSTM`. B = 0 works.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        backend: str = "auto",
-    ) -> None:
-        self._set_backend(backend)
-        super().__init__(input_size, hidden_size, bias, device, dtype)
-
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        h, c = self._step("lstm", input, hx)
-        return h, c
-
-
-class GRUCell(_Cell, torch.nn.GRUCell):
-    """One step of a GRU in place of ``torch.nn.GRUCell``: input (B, I) or (I,), hx (B, H) or (H,), returns the new h.
-
-    The equation, the backends and the errors are those of :class:`GRU`. B = 0 works.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        backend: str = "auto",
-    ) -> None:
-        self._set_backend(backend)
-        super().__init__(input_size, hidden_size, bias, device, dtype)
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        (h,) = self._step("gru", input, one_state(hx))
-        return h
-
-
-class RNNCell(_Cell, torch.nn.RNNCell):
-    """One step of a plain RNN in place of ``torch.nn.RNNCell``: input (B, I) or (I,), hx (B, H) or (H,), returns the
-    new h.
-
-    The equation, the backends and the errors are those of :class:`RNN`. B = 0 works.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        nonlinearity: str = "tanh",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        backend: str = "auto",
-    ) -> None:
-        checks.nonlinearity(nonlinearity)
-        self._set_backend(backend)
-        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        (h,) = self._step(f"rnn_{self.nonlinearity}", input, one_state(hx))
-        return h

@@ -252,7 +252,7 @@ PYTHON = [
         },
     ),
     *mutations(
-        "functional.py",
+        "stack.py",
         "layers",
         "LSTM",
         {

@@ -1,0 +1,65 @@
+"""The masks of dropout and zoneout, drawn outside the kernels by torch's generator on the device of the input.
+
+A call draws layer by layer, in each layer in this order: dropout of what the layer before gave (as torch.nn draws it),
+then the fields of `Masks`; nothing where a probability is 0. An element is 16 random bits, some 7 times quicker than
+bernoulli_; so probabilities are rounded to multiples of 2**-15.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rnnkern.cells import CellSpec, Weights
+from rnnkern.options import Options
+
+LEVELS = 2**15
+
+
+class Masks(NamedTuple):
+    """What is drawn for one layer's call, in this order; D directions, rows (T, B) or packed (N,)."""
+
+    input: Tensor | None = None  # (D, B, I): factors
+    recurrent: Tensor | None = None  # (D, B, P): factors
+    weights: tuple[Tensor | None, ...] = ()  # (G*H, P) for each direction: factors of W_hh
+    zoneout_h: Tensor | None = None  # (*rows, D*P) bool: where h keeps its old value
+    zoneout_c: Tensor | None = None  # (*rows, D*H) bool
+
+
+def chance(p: float, shape: Sequence[int], device: torch.device) -> Tensor | None:
+    """Bools that are true with probability p; None for p = 0."""
+    if p == 0:
+        return None
+    drawn = torch.randint(LEVELS, shape, dtype=torch.int16, device=device)
+    # not `< round(p * LEVELS)`, which for p = 1 is no number of 16 bits
+    return drawn <= round(p * LEVELS) - 1
+
+
+def factors(p: float, shape: Sequence[int], like: Tensor) -> Tensor | None:
+    """0 with probability p, else 1/(1-p), in the dtype of `like`; None for p = 0."""
+    dropped = chance(p, shape, like.device)
+    if dropped is None:
+        return None
+    return (~dropped).to(like.dtype) * (0.0 if p == 1 else 1 / (1 - p))
+
+
+def draw(cell: CellSpec, options: Options, x: Tensor, batch: int, weights: Sequence[Weights]) -> Masks:
+    """The masks of a layer in training; x (T, B, I) or packed rows (N, I)."""
+    directions, rows, (gates, outputs) = len(weights), x.shape[:-1], weights[0].weight_hh.shape
+    zone_h, zone_c = options.zones(cell)
+    return Masks(
+        factors(options.input_dropout, (directions, batch, x.shape[-1]), x),
+        factors(options.recurrent_dropout, (directions, batch, outputs), x),
+        tuple(factors(options.weight_dropout, w.weight_hh.shape, w.weight_hh) for w in weights),
+        chance(zone_h, (*rows, directions * outputs), x.device),
+        chance(zone_c, (*rows, directions * (gates // len(cell.gates))), x.device),
+    )
+
+
+def drop_weights(weights: Sequence[Weights], drawn: Masks) -> list[Weights]:
+    """The weights of a layer under weight dropout."""
+    return [
+        w if mask is None else w._replace(weight_hh=w.weight_hh * mask)
+        for w, mask in zip(weights, drawn.weights, strict=True)
+    ]
