@@ -165,3 +165,6 @@ FULL: dict[str, Optional] = {
     for rows in ("padded", "packed", "lengths")
     for zoneout in ("masks", "shares")
 }  # fmt: skip
+
+# The backends whose modules are tested with every option.
+OPTION_BACKENDS = ("reference",)
