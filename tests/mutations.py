@@ -211,13 +211,16 @@ PYTHON = [
         "RNN",
         {
             "previous rows not shifted": (
-                "h_prev = grid.keep(before, saved.y[before], start[0])",
-                "h_prev = grid.keep(before, saved.y[t], start[0])",
+                "h = at.grid.keep(previous, saved.y[previous], h)",
+                "h = at.grid.keep(previous, saved.y[t], h)",
             ),
-            "previous rows of reverse on the wrong side": ("before = order[index - 1]", "before = max(t - 1, 0)"),
+            "previous rows of reverse on the wrong side": (
+                "previous = at.order[index - 1]",
+                "previous = max(t - 1, 0)",
+            ),
             "previous row of a sequence that has none": (
-                "h_prev = grid.keep(before, saved.y[before], start[0])",
-                "h_prev = saved.y[before]",
+                "h = at.grid.keep(previous, saved.y[previous], h)",
+                "h = saved.y[previous]",
             ),
         },
     ),
@@ -226,8 +229,8 @@ PYTHON = [
         "layers",
         "GRU",
         {
-            "gru: dW_hh from dgx": ("outer(g.dgh, g.h_prev)", "outer(g.dgx, g.h_prev)"),
-            "gru: db_hh a copy of db_ih": ("g.dgh.sum((0, 1))", "g.dgx.sum((0, 1))"),
+            "gru: dW_hh from dgx": ('found["weight_hh"] = outer(g.dgh, g.u)', 'found["weight_hh"] = outer(g.dgx, g.u)'),
+            "gru: db_hh a copy of db_ih": ('"bias_hh": g.dgh', '"bias_hh": g.dgx'),
         },
     ),
     *mutations(
