@@ -11,8 +11,9 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
 from types import CodeType
 from typing import Any
 from unittest import mock
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 INFINITE = float("inf")
+ROOT = Path(__file__).parent.parent
 # Blocks and chunks as they are, and of few sequences and few steps.
 CUTS: tuple[dict[str, int], ...] = ({}, {"MOST_SEQUENCES": 2, "CHUNK_ROWS": 4, "BACKWARD_CHUNK_ROWS": 5})
 
@@ -212,8 +214,18 @@ def _modules_differ(
     return difference(got, want)
 
 
+def fails(test: str) -> float:
+    """1 if a test of the suite fails."""
+    import pytest
+
+    with redirect_stdout(sys.stderr):
+        return float(
+            pytest.main(["-q", "-x", "-p", "no:cacheprovider", str(ROOT / test)]) == pytest.ExitCode.TESTS_FAILED
+        )
+
+
 CHECKS: dict[str, Callable[[str], float]] = {
-    check.__name__: check for check in (forward, backward, strides, flushed, shares, repeated, layers)
+    check.__name__: check for check in (forward, backward, strides, flushed, shares, repeated, layers, fails)
 }
 
 

@@ -17,6 +17,7 @@ import pytest
 import rnnkern
 from tests.mutations import COMPILED, PYTHON, Mutation
 from tests.mutations_cells import OF_CELLS
+from tests.mutations_options import OF_OPTIONS
 from tests.mutations_sweeps import OF_SWEEPS
 
 LIMIT = 1e-10  # of float64 sweeps over a few steps; without a mutation the error is about 1e-15
@@ -89,7 +90,7 @@ def test_caught(mutation: Mutation, compiling: Check) -> None:
     assert found > LIMIT, f"no check saw: {mutation.name}"
 
 
-@pytest.mark.parametrize("mutation", named(PYTHON))
+@pytest.mark.parametrize("mutation", named([*PYTHON, *OF_OPTIONS]))
 def test_caught_without_compiling(mutation: Mutation, cached: Check) -> None:
     found = cached(mutation.file, mutated(mutation), mutation.check, mutation.cell)
     assert found > LIMIT, f"no check saw: {mutation.name}"
@@ -121,5 +122,5 @@ def test_the_table_fits_the_source(mutation: Mutation) -> None:
 
 
 def test_a_mutation_has_a_name_of_its_own() -> None:
-    names = [m.name for m in (*COMPILED, *PYTHON, *OF_CELLS, *OF_SWEEPS)]
+    names = [m.name for m in (*COMPILED, *PYTHON, *OF_CELLS, *OF_SWEEPS, *OF_OPTIONS)]
     assert len(set(names)) == len(names)
