@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -411,6 +412,18 @@ def test_convert_gives_defaults_and_to_torch_refuses_options() -> None:
     assert "options" not in model[1].__dict__
     with pytest.raises(ValueError, match=r"the model itself: torch\.nn\.GRU has no layer_norm"):
         rnnkern.to_torch(rnnkern.GRU(I, H, layer_norm=True))
+
+
+@every_backend
+def test_examples_of_the_documentation(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rnnkern.backends.AUTO, "cpu", backend)
+    text = (Path(__file__).parent.parent / "docs" / "options.md").read_text()
+    names: dict[str, Any] = {}
+    for code in text.split("```python\n")[1:]:
+        exec(code.partition("```")[0], names)
+    assert names["first"].grad.any()
+    assert names["features"].shape == (64, 16, 128)
+    assert all(p.grad.any() for p in names["lstm"].parameters())
 
 
 def test_every_option_has_an_argument() -> None:
