@@ -121,7 +121,7 @@ OF_OPTIONS = [
         },
     ),
     *seen_by(
-        MODULES + "test_parameters",
+        "tests/test_option_parameters.py::test_parameters",
         "modules.py",
         {
             "options: LayerNorm's weights drawn": ('if name.startswith("ln_")', 'if name.startswith("none")'),
