@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnkern
-from rnnkern.masks import Masks
+from rnnkern.masks import Masks, chance
 from rnnkern.options import Options
 from tests.option_layers import OPTION_BACKENDS
 from tests.option_modules import (
@@ -182,6 +182,21 @@ def test_masks_of_a_call(kind: str) -> None:
     assert not torch.equal(drawn[0].recurrent, drawn[1].recurrent)  # type: ignore[arg-type]
     if kind == "LSTM":
         assert not torch.equal(drawn[0].zoneout_h, drawn[0].zoneout_c)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("p", [0.001, 0.3, 0.5, 0.999])
+def test_every_element_has_the_same_chance_for_itself(p: float) -> None:
+    """Also those that come from one draw; any number of them."""
+    found = chance(p, (50000, 4), torch.device("cpu"))
+    assert found is not None
+    deviation = (p * (1 - p) / 50000) ** 0.5
+    assert (found.double().mean(0) - p).abs().max() < 5 * deviation
+    if p in (0.3, 0.5):
+        assert (found.T.double().corrcoef() - torch.eye(4)).abs().max() < 5 / 50000**0.5
+    for count in range(9):
+        some = chance(p, (count, 1), torch.device("cpu"))
+        assert some is not None
+        assert some.shape == (count, 1)
 
 
 @every_backend

@@ -1,5 +1,7 @@
 """What torch.nn lacks, in the oracle: its backward, written out by hand, against torch's autograd."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ def test_oracle_backward_against_autograd(name: str) -> None:
     grads = all_gradients(layer, states)
     results = (*finish(states, layer.x.dtype), states.cells if extras.states else None)
     pairs = [(r, g) for r, g in zip(results, grads, strict=True) if r is not None]
-    expected = torch.autograd.grad([r for r, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
+    expected: Any = torch.autograd.grad([r for r, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
     with torch.no_grad():
         everything = reference.backward(layer, states.saved, grads, all_needs(layer))
     found = [g for g in everything if g is not None]
