@@ -1,23 +1,43 @@
 """The CPU backend: finds or makes the plan of a call, allocates what it gives, and runs the compiled sweeps."""
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rnnkern.backends import Cotangents, Layer, Needs, Saved, States, readable
 from rnnkern.backends.numba_cpu.ahead import inference_plan, layer_plan
-from rnnkern.backends.numba_cpu.kernels import KERNELS, pack_for_backward, pack_for_forward
+from rnnkern.backends.numba_cpu.kernels import KERNELS, Kernels, pack_for_backward, pack_for_forward
+from rnnkern.backends.numba_cpu.optional_kernels import (
+    OPTIONAL_KERNELS,
+    pack_for_optional_backward,
+    pack_for_optional_forward,
+)
+from rnnkern.backends.numba_cpu.optional_plans import OptionalBackwardPlan, OptionalForwardPlan, named_extras
 from rnnkern.backends.numba_cpu.plans import WEIGHTS, BackwardPlan, Cut, ForwardPlan
+
+# Weights whose gradients are products; those of the others are sums.
+PRODUCTS = ("w_ih", "w_hh", "w_hr")
 
 
 def _prepared(layer: Layer) -> Layer:
-    return layer._replace(
+    layer = layer._replace(
         x=readable(layer.x),
         h0=readable(layer.h0),
         c0=None if layer.c0 is None else readable(layer.c0),
         weights=tuple(weights.map(readable) for weights in layer.weights),
+    )
+    if not layer.extras:
+        return layer
+    return layer._replace(
+        extras=layer.extras._replace(
+            **{
+                name: readable(t)
+                for name, t in layer.extras._asdict().items()
+                if isinstance(t, Tensor) and name != "reset"
+            }
+        )
     )
 
 
@@ -25,12 +45,12 @@ def _named(layer: Layer) -> dict[str, Tensor | None]:
     """The tensors of a call by the names that plans give them."""
     tensors = {"x": layer.x, "h0": layer.h0, "c0": layer.c0}
     for d, weights in enumerate(layer.weights):
-        tensors |= {f"{name}{d}": weight for name, weight in zip(WEIGHTS, weights, strict=False)}
+        tensors |= {f"{name}{d}": weight for name, weight in zip(WEIGHTS, weights, strict=True)}
     if layer.batch_sizes is not None:
         tensors["counts"] = layer.batch_sizes.contiguous()
         tensors["starts"] = layer.batch_sizes.cumsum(0) - layer.batch_sizes
         tensors["order"] = layer.order
-    return tensors
+    return tensors | dict(named_extras(layer)) if layer.extras else tensors
 
 
 __all__ = ["as_given", "backward", "forward", "inference_plan", "layer_plan"]
@@ -46,7 +66,10 @@ def _plan(kind: Any, layer: Layer, *parts: Any, key: tuple[Hashable, ...]) -> An
     """The plan of calls with these strides, an old one if there is one."""
     if layer.batch_sizes is not None:
         return kind(layer, *parts)
-    key = (kind, layer.cell.name, layer.x.dtype, torch.get_num_threads(), *key)
+    extras: tuple[Hashable, ...] = ()
+    if layer.extras:
+        extras = (*_strides(*layer.extras[:7]), *layer.extras[7:])
+    key = (kind, layer.cell.name, layer.x.dtype, torch.get_num_threads(), *extras, *key)
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= MOST_PLANS:
@@ -66,51 +89,73 @@ def _strides(*tensors: Tensor | None) -> tuple[Hashable, ...]:
     return tuple([None if t is None else (t.shape, t.stride()) for t in tensors])
 
 
+class _Way(NamedTuple):
+    """The plans and kernels of plain calls, or of those that ask for more."""
+
+    forward_plan: Any
+    backward_plan: Any
+    kernels: dict[str, Kernels]
+    pack_forward: Any
+    pack_backward: Any
+
+
+_PLAIN = _Way(ForwardPlan, BackwardPlan, KERNELS, pack_for_forward, pack_for_backward)
+_OPTIONAL = _Way(
+    OptionalForwardPlan, OptionalBackwardPlan, OPTIONAL_KERNELS, pack_for_optional_forward, pack_for_optional_backward
+)
+
+
 def forward(layer: Layer, save: bool) -> States:
     cell, layer = layer.cell, _prepared(layer)
-    directions, keep = len(layer.weights), save and bool(layer.cell.saved)
+    way, directions, keep = _PLAIN if layer.plain else _OPTIONAL, len(layer.weights), save and layer.kept > 0
     states = States(
         layer.rows(directions * layer.outputs),
         torch.empty_like(layer.h0, memory_format=torch.contiguous_format),
         None if layer.c0 is None else torch.empty_like(layer.c0, memory_format=torch.contiguous_format),
-        layer.saved_rows(directions, len(cell.saved) * layer.hidden) if keep else None,
-        layer.saved_rows(directions, layer.hidden) if keep and cell.has_c else None,
+        layer.saved_rows(directions, layer.kept * layer.hidden) if keep else None,
+        layer.cell_rows() if cell.has_c and (save or layer.extras.states) else None,
     )
     key = _strides(layer.x, layer.h0, layer.c0, *states, *(w for weights in layer.weights for w in weights))
-    plan = _plan(ForwardPlan, layer, states, key=key)
+    plan = _plan(way.forward_plan, layer, states, key=key)
     if plan.shares:
-        _run(plan, KERNELS[cell.name].forward, pack_for_forward, _named(layer) | states._asdict())
+        _run(plan, way.kernels[cell.name].forward, way.pack_forward, _named(layer) | states._asdict())
     return states
 
 
 def backward(layer: Layer, saved: Saved, grads: Cotangents, needs: Needs) -> list[Tensor | None]:
     layer = _prepared(layer)
+    way = _PLAIN if layer.plain else _OPTIONAL
     y, gates, cells = (None if t is None else readable(t) for t in saved)
     assert y is not None
-    saved = Saved(y, gates, cells)
+    saved, grads = Saved(y, gates, cells), grads.map(readable)
     tensors = _named(layer) | saved._asdict()
-    grads = grads.map(readable)
-    tensors |= {"dy": grads.y, "dh_n": grads.h_n, "dc_n": grads.c_n}
-    tensors["dh0"] = torch.empty_like(layer.h0, memory_format=torch.contiguous_format)
-    tensors["dc0"] = None if layer.c0 is None else torch.empty_like(layer.c0, memory_format=torch.contiguous_format)
+    tensors |= {"dy": grads.y, "dh_n": grads.h_n, "dc_n": grads.c_n, "dcells": grads.cells}
+    tensors |= {
+        "dh0": torch.empty_like(layer.h0, memory_format=torch.contiguous_format),
+        "dc0": None if layer.c0 is None else torch.empty_like(layer.c0, memory_format=torch.contiguous_format),
+        "dreset_h": torch.zeros_like(layer.extras.reset_h) if needs.reset_h else None,
+        "dreset_c": torch.zeros_like(layer.extras.reset_c) if needs.reset_c else None,
+    }
     key = _strides(layer.x, layer.h0, layer.c0, *saved, *(t for w in layer.weights for t in w))
     cut = _plan(Cut, layer, key=key)
-    new = layer.x.new_empty if cut.shares else layer.x.new_zeros  # without a sequence nobody writes the gradients
     for d, (weights, wanted) in enumerate(zip(layer.weights, needs.weights, strict=True)):
         tensors[f"dx{d}"] = layer.rows(layer.x.shape[-1]) if needs.x else None
-        for name, weight, want in zip(WEIGHTS, weights, wanted, strict=False):
+        for name, weight, want in zip(WEIGHTS, weights, wanted, strict=True):
+            # without a sequence nobody writes the gradients, and some are added to row by row
+            written = cut.shares and (name in PRODUCTS or (weights.ln_ih_weight is None and name != "w_ch"))
+            new = layer.x.new_empty if written else layer.x.new_zeros
             tensors[f"d{name}{d}"] = new(cut.parts, *weight.shape) if want and weight is not None else None
     if cut.shares:
-        given = _strides(tensors["dy"], tensors["dh_n"], tensors["dc_n"])
-        plan = _plan(BackwardPlan, layer, saved, tensors, key=(*key, *given, needs))
-        _run(plan, KERNELS[layer.cell.name].backward, pack_for_backward, tensors)
+        given = _strides(*grads)
+        plan = _plan(way.backward_plan, layer, saved, tensors, key=(*key, *given, needs))
+        _run(plan, way.kernels[layer.cell.name].backward, way.pack_backward, tensors)
     return [
         _input_gradient(tensors, len(layer.weights)) if needs.x else None,
         tensors["dh0"] if needs.h0 else None,
         tensors["dc0"] if needs.c0 else None,
-        None,
-        None,
-        *(_total(tensors.get(f"d{name}{d}")) for d in range(len(layer.weights)) for name in (*WEIGHTS, *[""] * 7)),
+        tensors["dreset_h"],
+        tensors["dreset_c"],
+        *(_total(tensors[f"d{name}{d}"]) for d in range(len(layer.weights)) for name in WEIGHTS),
     ]
 
 

@@ -35,7 +35,7 @@ def number(plan: ForwardPlan | BackwardPlan, numbers: Numbers) -> None:
 
 def number_weights(form: Form, first: int, count: int, prefix: str = "") -> Numbers:
     """The numbers of the weights of a layer, `count` of them from `first` on in torch's order."""
-    names = {5: WEIGHTS, 4: WEIGHTS[:4], 3: (*WEIGHTS[:2], WEIGHTS[4]), 2: WEIGHTS[:2]}[count // form.directions]
+    names = {5: WEIGHTS[:5], 4: WEIGHTS[:4], 3: (*WEIGHTS[:2], WEIGHTS[4]), 2: WEIGHTS[:2]}[count // form.directions]
     named = [f"{prefix}{name}{d}" for d in range(form.directions) for name in names]
     return {name: (first + i, 0) for i, name in enumerate(named)}
 

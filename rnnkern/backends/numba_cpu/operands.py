@@ -42,6 +42,138 @@ class Sizes(NamedTuple):
     chunk: int  # steps whose input product is formed, or whose gradients are collected, at a time
 
 
+class Beside(NamedTuple):
+    """What either sweep is asked for beyond the plain cell: a base, an address or a flag is 0 where nobody asks. Masks
+    of zoneout and resets are bytes."""
+
+    input_mask: Rows = Rows()  # (B, I)
+    recurrent_mask: Rows = Rows()  # (B, P)
+    zone_h: Rows = Rows()  # (T, B, P)
+    zone_c: Rows = Rows()  # (T, B, H)
+    share_h: int = 0  # address of a number
+    share_c: int = 0
+    reset: Rows = Rows()  # (T, B)
+    reset_h: Rows = Rows()  # (B, P), its step 0, or (T, B, P)
+    reset_c: Rows = Rows()  # (B, H) or (T, B, H)
+    w_ch: int = 0  # (3*H)
+    ln_ih_weight: int = 0  # (G*H), and so on
+    ln_ih_bias: int = 0
+    ln_hh_weight: int = 0
+    ln_hh_bias: int = 0
+    ln_c_weight: int = 0  # (H)
+    ln_c_bias: int = 0
+    keeps_h: int = 0  # a step keeps its h before zoneout as its first block
+    outer_cells: int = 0  # cells lie as rows of y do
+
+
+class Recurrence(NamedTuple):
+    """The forward products of a step that has everything, and its buffers in a share's workspace. `last` are the rows
+    of W_hh of the last gate where it has a product of its own, after the others."""
+
+    w_ih: Matrix  # (G*H, I)
+    w_hh: Matrix  # (G*H, P), or (2*H, P) beside
+    last: Matrix  # (H, P), or none
+    b_ih: int  # (G*H), or 0
+    b_hh: int  # (G*H), or 0
+    b_x: int  # offset of (G, W): the biases of the input product
+    b_h: int  # offset of (G, W): of the recurrent one
+    n_x: int  # offset of (G, W): LayerNorm's weights of the input product
+    n_h: int  # offset of (G, W)
+    nothing: int  # offset of (G, W) zeros
+    gx: int  # offset of (rows, G, W)
+    gh: int  # offset of (rows, G, W)
+    ru: int  # offset of (rows, W): r * u
+    v: int  # offset of (W): what LayerNorm of c takes
+    tile: int
+
+
+class OptionalForward(NamedTuple):
+    """The operands of a forward sweep that has everything; names as in `Forward`."""
+
+    sizes: Sizes
+    x: Rows
+    y: Rows
+    gates: Rows
+    cells: Rows
+    h0: Rows
+    c0: Rows
+    h_n: Rows
+    c_n: Rows
+    w_hr: Matrix
+    step: Recurrence
+    beside: Beside
+    workspace: int
+    workspace_bytes: int
+    xs: int
+    h: int
+    c: int
+    m: int
+    u: int  # offset of (block, W): h times its mask
+
+
+class OptionalBackward(NamedTuple):
+    """The operands of a backward sweep that has everything; names as in `Backward`. Gradients that are summed row by row
+    are zero before."""
+
+    sizes: Sizes
+    x: Rows
+    gates: Rows
+    cells: Rows
+    y: Rows
+    h0: Rows
+    c0: Rows
+    dy: Rows
+    dcells: Rows  # (T, B, H), or none
+    dh_n: Rows
+    dc_n: Rows
+    dx: Rows
+    dh0: Rows
+    dc0: Rows
+    dreset_h: Rows  # (B, P), its step 0, or (T, B, P), or none
+    dreset_c: Rows
+    w_ih: Matrix
+    w_hh: Matrix  # (G*H, P), or (2*H, P) beside
+    last: Matrix  # (H, P), or none: panels of (depth H, units P)
+    w_hr: Matrix
+    dw_ih: int
+    dw_hh: int
+    db_ih: int
+    db_hh: int
+    dw_hr: int
+    dw_ch: int  # (shares, 3*H)
+    dln_ih_weight: int  # (shares, G*H), and so on
+    dln_ih_bias: int
+    dln_hh_weight: int
+    dln_hh_bias: int
+    dln_c_weight: int  # (shares, H)
+    dln_c_bias: int
+    step: Recurrence  # read where activations are computed anew; its buffers hold a chunk's rows
+    recompute: int
+    beside: Beside
+    workspace: int
+    workspace_bytes: int
+    dg_row: int
+    dgx: int
+    dgh: int
+    xs: int
+    us: int  # offset of (chunk*block, W): what met W_hh
+    hs: int  # offset of (chunk*block, W): h before a step, that of us where there is no mask
+    cs: int  # offset of (chunk*block, W): c before a step
+    rus: int  # offset of (chunk*block, W): r * u, what met the last gate's rows of W_hh
+    kept: int  # offset of (chunk*block, kept*H): activations computed anew
+    kept_row: int
+    ms: int
+    dp: int
+    dh: int
+    dc: int
+    dm: int
+    old: int  # offset of (block, W): what of dh goes straight to the h before
+    du: int  # offset of (block, W): the gradient of u
+    tanh_v: int  # offset of (W): tanh of the normalised c
+    dv: int  # offset of (W): the gradient of c that comes through its LayerNorm
+    tile: int
+
+
 class Forward(NamedTuple):
     """The operands of a forward sweep. Offsets are in a share's workspace; W is a size rounded up to whole vectors."""
 

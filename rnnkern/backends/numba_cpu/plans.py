@@ -18,12 +18,25 @@ from torch import Tensor
 from rnnkern.backends import Layer, Saved, States
 from rnnkern.backends.numba_cpu import pool
 from rnnkern.backends.numba_cpu.jit import ready
-from rnnkern.backends.numba_cpu.operands import Backward, Forward, Matrix, Rows, Sizes, flatten
+from rnnkern.backends.numba_cpu.operands import (
+    Backward,
+    Forward,
+    Matrix,
+    OptionalBackward,
+    OptionalForward,
+    Rows,
+    Sizes,
+    flatten,
+)
 from rnnkern.backends.numba_cpu.tile import MAX_ROWS, MAX_VECTORS
 from rnnkern.backends.numba_cpu.vector import VECTOR_BYTES
 from rnnkern.cells import Weights
 
-WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")  # the fields of cells.Weights as the kernels call them
+# the fields of cells.Weights as the kernels call them; plain calls have the first five at most
+WEIGHTS = (
+    "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "w_ch",
+    "ln_ih_weight", "ln_ih_bias", "ln_hh_weight", "ln_hh_bias", "ln_c_weight", "ln_c_bias",
+)  # fmt: skip
 
 # A share under this many multiply-adds, some 90 us of work, is not worth waking another thread and waiting for it.
 WORTH_A_THREAD = 5_000_000
@@ -47,7 +60,7 @@ def positions(kind: Any, prefix: str = "", start: int = 0) -> dict[str, int]:
     return found
 
 
-POSITIONS = {kind: positions(kind) for kind in (Forward, Backward)}
+POSITIONS = {kind: positions(kind) for kind in (Forward, Backward, OptionalForward, OptionalBackward)}
 
 
 class Share(NamedTuple):
@@ -67,7 +80,7 @@ class Address(NamedTuple):
     offset: int
 
 
-class _Space:
+class Space:
     """Offsets of buffers one behind the other; each row is a whole number of vectors."""
 
     def __init__(self) -> None:
@@ -109,16 +122,16 @@ class Cut:
         return [Share(d, *span, place) for d in range(directions) for place, span in enumerate(spans)]
 
 
-class _Plan(Cut):
+class Plan(Cut):
     """What forward and backward plans have in common."""
 
-    operands: type[Forward] | type[Backward]
+    operands: Any
 
     def __init__(self, layer: Layer, chunk_rows: int) -> None:
         super().__init__(layer)
         self.block = -(-self.most // -(-self.most // MOST_SEQUENCES))
         self.chunk = max(1, min(self.steps, chunk_rows // self.block))
-        self.space = _Space()
+        self.space = Space()
         self.packs = self.compiled = False
         self.tensors = ["workspace"]  # of a call, by name, in the order in which `run` is told their addresses
         self.directions: list[tuple[array[int], list[Address]]] = []
@@ -152,6 +165,13 @@ class _Plan(Cut):
             return Rows(0, 0, tensor.stride(0) * self.item)
         return Rows(0, tensor.stride(0) * self.item, tensor.stride(1) * self.item)
 
+    def cell_rows(self, field: str, tensor: Tensor | None, d: int, outer: bool) -> Rows:
+        """The same of c of every step, (T, B, D, H) or (N, D, H), or in the rows of y."""
+        if tensor is None or not outer:
+            return self.saved_rows(field, tensor, d)
+        self.at(f"{field}.base", field, d * tensor.stride(-2) * self.item)
+        return Rows(0, 0 if self.packed else tensor.stride(0) * self.item, tensor.stride(-3) * self.item)
+
     def states(self, field: str, tensor: Tensor | None, d: int) -> Rows:
         """Rows of direction d of a state (D, B, n)."""
         if tensor is None:
@@ -170,16 +190,16 @@ class _Plan(Cut):
             starts=0, counts=0, order=0, block=self.block, chunk=self.chunk,
         )  # fmt: skip
 
-    def matrix(self, d: int, name: str, weight: Tensor | None, panel_bytes: int) -> Matrix:
-        """A weight, in place if it takes no bytes as panels."""
+    def matrix(self, field: str, tensor: str, weight: Tensor | None, panel_bytes: int, offset: int = 0) -> Matrix:
+        """A weight, or what of it lies from `offset` bytes on, in place if it takes no bytes as panels."""
         if weight is None:
             return Matrix()
-        self.at(f"{name}.base", f"{name}{d}")
+        self.at(f"{field}.base", tensor, offset)
         if panel_bytes:
-            self.at(f"{name}.panels", "workspace", self.space.take(1, panel_bytes))
+            self.at(f"{field}.panels", "workspace", self.space.take(1, panel_bytes))
         return Matrix(0, weight.stride(0) * self.item, 0)
 
-    def add_direction(self, operands: Forward | Backward) -> None:
+    def add_direction(self, operands: Any) -> None:
         """Ends the layout of a direction."""
         self.at("workspace", "workspace", self.space.take(self.parts, operands.workspace_bytes))
         self.directions.append((array("q", flatten(operands)), self._addresses))
@@ -221,7 +241,7 @@ def _task(kernel: Any, arguments: tuple[Any, ...], alive: tuple[object, ...]) ->
     kernel(*arguments)
 
 
-class ForwardPlan(_Plan):
+class ForwardPlan(Plan):
     """The layout of forward sweeps. Its tensors are among x, y, gates, cells, h0, c0, h_n, c_n, starts, counts, order
     and, for each direction d, w_ih<d> and so on."""
 
@@ -237,7 +257,7 @@ class ForwardPlan(_Plan):
         return gates * self.width(units) * depth if self.packs else 0
 
     def _direction(self, layer: Layer, states: States, d: int, w: Weights) -> Forward:
-        space, rows = _Space(), self.chunk * self.block
+        space, rows = Space(), self.chunk * self.block
         hidden, outputs = self.width(self.hidden), self.width(self.outputs)
         for name, bias in (("b_ih", w.bias_ih), ("b_hh", w.bias_hh)):
             if bias is not None:
@@ -252,9 +272,9 @@ class ForwardPlan(_Plan):
             c0=self.states("c0", layer.c0, d),
             h_n=self.states("h_n", states.h_n, d),
             c_n=self.states("c_n", states.c_n, d),
-            w_ih=self.matrix(d, "w_ih", w.weight_ih, self._panels(self.gates, self.hidden, self.inputs)),
-            w_hh=self.matrix(d, "w_hh", w.weight_hh, self._panels(self.gates, self.hidden, self.outputs)),
-            w_hr=self.matrix(d, "w_hr", w.weight_hr, self._panels(1, self.outputs, self.hidden)),
+            w_ih=self.matrix("w_ih", f"w_ih{d}", w.weight_ih, self._panels(self.gates, self.hidden, self.inputs)),
+            w_hh=self.matrix("w_hh", f"w_hh{d}", w.weight_hh, self._panels(self.gates, self.hidden, self.outputs)),
+            w_hr=self.matrix("w_hr", f"w_hr{d}", w.weight_hr, self._panels(1, self.outputs, self.hidden)),
             b_ih=0,
             b_hh=0,
             workspace=0,
@@ -270,7 +290,7 @@ class ForwardPlan(_Plan):
         )
 
 
-class BackwardPlan(_Plan):
+class BackwardPlan(Plan):
     """The layout of backward sweeps. Its tensors are among those of a ForwardPlan without h_n and c_n, and dy, dh_n,
     dc_n, dh0, dc0 and, for each direction d, dx<d>, dw_ih<d> and so on."""
 
@@ -289,7 +309,7 @@ class BackwardPlan(_Plan):
         return self.width(units) * depth
 
     def _direction(self, layer: Layer, saved: Saved, tensors: dict[str, Tensor | None], d: int, w: Weights) -> Backward:
-        space, rows = _Space(), self.chunk * self.block
+        space, rows = Space(), self.chunk * self.block
         inputs, hidden, outputs = self.width(self.inputs), self.width(self.hidden), self.width(self.outputs)
         for name in ("dw_ih", "dw_hh", "db_ih", "db_hh", "dw_hr"):
             if tensors[f"{name}{d}"] is not None:
@@ -313,9 +333,11 @@ class BackwardPlan(_Plan):
             dx=self.rows("dx", f"dx{d}", tensors[f"dx{d}"]),
             dh0=self.states("dh0", tensors["dh0"], d),
             dc0=self.states("dc0", tensors["dc0"], d),
-            w_ih=self.matrix(d, "w_ih", w.weight_ih, self._panels(self.inputs, self.recurrent)),
-            w_hh=self.matrix(d, "w_hh", w.weight_hh, self._panels(self.outputs, self.recurrent)),
-            w_hr=self.matrix(d, "w_hr", w.weight_hr, self._panels(self.hidden, self.outputs) if projected else 0),
+            w_ih=self.matrix("w_ih", f"w_ih{d}", w.weight_ih, self._panels(self.inputs, self.recurrent)),
+            w_hh=self.matrix("w_hh", f"w_hh{d}", w.weight_hh, self._panels(self.outputs, self.recurrent)),
+            w_hr=self.matrix(
+                "w_hr", f"w_hr{d}", w.weight_hr, self._panels(self.hidden, self.outputs) if projected else 0
+            ),
             dw_ih=0,
             dw_hh=0,
             db_ih=0,

@@ -1,0 +1,456 @@
+"""The backward sweep of a call that asks for more than the plain cell; backward.py has the plain one.
+
+Steps of a chunk, last to first, after what met its weights has been gathered (and, where activations were not saved,
+after they have been computed anew by recurrence.py, for all rows of the chunk at once, since every h is known):
+
+    dh += dy_t;  dc += dcells_t;  old, dh = the parts of dh that zoneout gives to the old h and to the new
+    (dgx_t, dgh_t, dc, direct) = cell'(dm, dc, saved_t)            dm = dh, or dh W_hr
+    dgx_t, dgh_t = LN'(dgx_t), LN'(dgh_t)                          row by row, with LayerNorm
+    dh = old + direct + mask * (dgh_t W_hh)                        reset before: d(r*u) = dgh_n W_hn comes first, and
+                                                                   d(r*u) * r is on top
+    where t is reset: dh and dc go to the states of the reset, and are 0 before it
+
+Gradients that are sums over rows alone (peepholes, LayerNorm, and with LayerNorm the biases, whose gradients are those
+before the norm) are added row by row to where they belong.
+"""
+
+from rnnkern.backends.numba_cpu.backward import outer_product, sum_rows
+from rnnkern.backends.numba_cpu.blocks import pack_depth
+from rnnkern.backends.numba_cpu.cells import add_part, lstm_optional_backward, reset_gate_backward
+from rnnkern.backends.numba_cpu.gates import tanh
+from rnnkern.backends.numba_cpu.jit import inlined, woven
+from rnnkern.backends.numba_cpu.lanes import of_new, of_old, over_root, row_squares, row_sum, total
+from rnnkern.backends.numba_cpu.optional_forward import cells_row, gather_inputs, is_reset, reset_row, times_mask
+from rnnkern.backends.numba_cpu.recurrence import (
+    EPSILON,
+    Row,
+    input_products,
+    pack_recurrence,
+    recurrent_products,
+    row_forward,
+    start_recurrence,
+)
+from rnnkern.backends.numba_cpu.sweep import (
+    copy_in,
+    copy_out,
+    outer_row,
+    outer_step,
+    padded_bytes,
+    product,
+    rows_in,
+    saved_step,
+    state_row,
+    step_order,
+)
+from rnnkern.backends.numba_cpu.tile import MAX_VECTORS
+from rnnkern.backends.numba_cpu.vector import (
+    VECTOR_BYTES,
+    broadcast,
+    item_bytes,
+    load,
+    load_part,
+    store,
+    store_part,
+    vector_lanes,
+)
+
+
+@woven
+def pack_optional_backward(a, gates, zero):
+    """Packs the weights that have panels."""
+    hidden, outputs = a.sizes.hidden, a.sizes.outputs
+    first = (gates - 1 if a.last.base != 0 else gates) * hidden
+    if a.w_ih.panels != 0:
+        pack_depth(a.w_ih, gates * hidden, a.sizes.inputs, MAX_VECTORS, zero)
+    if a.w_hh.panels != 0:
+        pack_depth(a.w_hh, first, outputs, MAX_VECTORS, zero)
+    if a.last.panels != 0:
+        pack_depth(a.last, hidden, outputs, MAX_VECTORS, zero)
+    if a.w_hr.panels != 0:
+        pack_depth(a.w_hr, outputs, hidden, MAX_VECTORS, zero)
+    if a.recompute != 0:
+        pack_recurrence(a.step, a.sizes, gates, zero)
+
+
+@woven
+def meet(a, s, t, n, first, rows, space, zero):
+    """What step t, the s-th of the forward sweep, met: x, h, u and c, into rows n and following of the chunk."""
+    sizes, hidden, outputs = a.sizes, a.sizes.hidden, a.sizes.outputs
+    h_row, c_row = padded_bytes(outputs, zero), padded_bytes(hidden, zero)
+    t_prev = step_order(sizes, s - 1) if s > 0 else t
+    # the rows whose previous state is a step's, not an initial one
+    continuing = rows_in(sizes, t_prev, first, first + rows) if s > 0 else 0
+    before_step = outer_step(sizes, a.y, t_prev)
+    gather_inputs(
+        sizes, a.x, a.beside.input_mask, t, first, rows, space + a.xs + n * padded_bytes(sizes.inputs, zero), zero
+    )
+    for r in range(rows):
+        b, h = first + r, space + a.hs + (n + r) * h_row
+        starts = is_reset(sizes, a.beside.reset, t, b)
+        if starts:
+            before = reset_row(sizes, a.beside.reset_h, t, b)
+        elif r < continuing:
+            before = outer_row(sizes, a.y, before_step, b)
+        else:
+            before = state_row(sizes, a.h0, b)
+        copy_in(h, before, outputs, zero)
+        if a.beside.recurrent_mask.base != 0:
+            times_mask(space + a.us + (n + r) * h_row, h, state_row(sizes, a.beside.recurrent_mask, b), outputs, zero)
+        if a.dc0.base != 0:
+            if starts:
+                before = reset_row(sizes, a.beside.reset_c, t, b)
+            elif r < continuing:
+                before = cells_row(sizes, a.beside, a.cells, t_prev, b)
+            else:
+                before = state_row(sizes, a.c0, b)
+            copy_in(space + a.cs + (n + r) * c_row, before, hidden, zero)
+
+
+@woven
+def recompute(a, chunk, chunk_end, first, last, rows, space, activations, gates, separate, kind, cell, zero):
+    """The activations of a chunk's rows."""
+    has_c, resets_before = kind
+    sizes, hidden = a.sizes, a.sizes.hidden
+    gate_row, h_row = padded_bytes(hidden, zero), padded_bytes(sizes.outputs, zero)
+    g_row, gx, gh = gates * gate_row, space + a.step.gx, space + a.step.gh
+    input_products(a.step, a.beside, rows, space + a.xs, space, gates, sizes, zero)
+    recurrent_products(a.step, a.beside, rows, space + a.us, gx, gh, space, gates, separate, resets_before, sizes, zero)
+    n = 0
+    for s in range(chunk_end - 1, chunk - 1, -1):
+        t = step_order(sizes, s)
+        zone_step = outer_step(sizes, a.beside.zone_c, t)
+        for b in range(first, first + rows_in(sizes, t, first, last)):
+            if has_c:  # the cell changes c
+                copy_in(space + a.dv, space + a.cs + n * gate_row, hidden, zero)
+            row = Row(
+                gx + n * g_row,
+                gh + n * g_row,
+                space + a.hs + n * h_row,
+                space + a.dv,
+                outer_row(sizes, a.beside.zone_c, zone_step, b) if a.beside.zone_c.base != 0 else 0,
+                space + a.kept + n * a.kept_row,
+                0,
+                space + a.tanh_v,
+            )
+            row_forward(a.step, a.beside, row, activations, space, gates, separate, has_c, cell, hidden, zero)
+            n += 1
+
+
+@woven
+def enter_gradients(a, t, n, rows, first, space, zero):
+    """dh += dy_t and dc += dcells_t, zoneout, and with a projection dp_t = dh and dm = dh W_hr."""
+    lanes, item, sizes, beside = vector_lanes(zero), item_bytes(zero), a.sizes, a.beside
+    hidden, outputs = sizes.hidden, sizes.outputs
+    h_row, c_row = padded_bytes(outputs, zero), padded_bytes(hidden, zero)
+    dy_step, zone_step = outer_step(sizes, a.dy, t), outer_step(sizes, beside.zone_h, t)
+    dcells_step = outer_step(sizes, a.dcells, t)
+    for r in range(rows):
+        b, dh, old = first + r, space + a.dh + r * h_row, space + a.old + r * h_row
+        dy = outer_row(sizes, a.dy, dy_step, b) if a.dy.base != 0 else 0
+        mask = outer_row(sizes, beside.zone_h, zone_step, b) if beside.zone_h.base != 0 else 0
+        for u in range(0, outputs, lanes):
+            at, count = u * item, outputs - u
+            gradient, here = load(dh + at, zero), mask + u if mask != 0 else 0
+            if dy != 0:
+                gradient = gradient + load_part(dy + at, zero, count)
+            store(old + at, of_old(here, beside.share_h, gradient, count, zero))
+            store(dh + at, of_new(here, beside.share_h, gradient, count, zero))
+        if a.dcells.base != 0:
+            dc, of_cells = space + a.dc + r * c_row, outer_row(sizes, a.dcells, dcells_step, b)
+            for u in range(0, hidden, lanes):
+                at = u * item
+                store(dc + at, load(dc + at, zero) + load_part(of_cells + at, zero, hidden - u))
+        if a.w_hr.base != 0:
+            copy_in(space + a.dp + (n + r) * h_row, dh, outputs, zero)
+            copy_in(space + a.dm + r * c_row, 0, hidden, zero)
+    if a.w_hr.base != 0:
+        product(rows, space + a.dh, h_row, a.w_hr, outputs, hidden, space + a.dm, c_row, zero)
+
+
+@woven
+def norm_backward(x, dy, dx, weight, dweight, dbias, extra, count, zero):
+    """dx of y = LN(x) * weight + bias, rows of `count` numbers, and adds what the row gives to the sums of the weight's
+    gradient, the bias's, and another of the bias's kind; addresses are 0 where nobody asks. dx may be dy."""
+    lanes, item = vector_lanes(zero), item_bytes(zero)
+    mean = row_sum(x, 1, 0, count, zero) * (1.0 / count)
+    over_sigma = over_root(row_squares(x, 1, 0, count, mean, zero) * (1.0 / count), EPSILON)
+    sums, along = broadcast(zero), broadcast(zero)
+    for u in range(0, count, lanes):
+        at, left = u * item, count - u
+        normal, gradient = (load_part(x + at, zero, left) - mean) * over_sigma, load_part(dy + at, zero, left)
+        if dweight != 0:
+            add_part(dweight + at, gradient * normal, zero, left)
+        if dbias != 0:
+            add_part(dbias + at, gradient, zero, left)
+        if extra != 0:
+            add_part(extra + at, gradient, zero, left)
+        of_normal = gradient * load_part(weight + at, zero, left)
+        sums, along = sums + of_normal, along + of_normal * normal
+    shift, slope = total(sums) * (1.0 / count), total(along) * (1.0 / count)
+    for u in range(0, count, lanes):
+        at, left = u * item, count - u
+        normal = (load_part(x + at, zero, left) - mean) * over_sigma
+        of_normal = load_part(dy + at, zero, left) * load_part(weight + at, zero, left)
+        store_part(dx + at, (of_normal - shift - normal * slope) * over_sigma, zero, left)
+
+
+@woven
+def through_norm_of_c(a, gates, c_prev, dm, share, space, zero):
+    """tanh of the normalised c of a row, and what of dm comes back through the norm to c."""
+    lanes, item, hidden = vector_lanes(zero), item_bytes(zero), a.sizes.hidden
+    slot, v, tanh_v, dv = hidden * item, space + a.step.v, space + a.tanh_v, space + a.dv
+    for u in range(0, hidden, lanes):
+        at, count = u * item, hidden - u
+        i, f = load_part(gates + at, zero, count), load_part(gates + slot + at, zero, count)
+        g = load_part(gates + 2 * slot + at, zero, count)
+        store(v + at, f * load(c_prev + at, zero) + i * g)
+    mean = row_sum(v, 1, 0, hidden, zero) * (1.0 / hidden)
+    over_sigma = over_root(row_squares(v, 1, 0, hidden, mean, zero) * (1.0 / hidden), EPSILON)
+    for u in range(0, hidden, lanes):
+        at, count = u * item, hidden - u
+        weight = load_part(a.beside.ln_c_weight + at, zero, count)
+        bias = load_part(a.beside.ln_c_bias + at, zero, count)
+        t = tanh((load(v + at, zero) - mean) * over_sigma * weight + bias)
+        store(tanh_v + at, t)
+        store(dv + at, load(dm + at, zero) * load_part(gates + 3 * slot + at, zero, count) * (1.0 - t * t))
+    of_weight = a.dln_c_weight + share * slot if a.dln_c_weight != 0 else 0
+    of_bias = a.dln_c_bias + share * slot if a.dln_c_bias != 0 else 0
+    norm_backward(v, dv, dv, a.beside.ln_c_weight, of_weight, of_bias, 0, hidden, zero)
+
+
+@inlined
+def of_share(address, share, count, zero):
+    """Where a share's sum of `count` numbers is, 0 where nobody asks for it."""
+    return address + share * count * item_bytes(zero) if address != 0 else 0
+
+
+@woven
+def norms_backward(a, dgx, dgh, kept, share, gates, separate, zero):
+    """The gradients of the two products of a row from those of what LayerNorm made of them."""
+    count = gates * a.sizes.hidden
+    of_x, of_h = kept, kept + count * item_bytes(zero)
+    before = dgh if separate else dgx
+    norm_backward(
+        of_h, before, dgh, a.beside.ln_hh_weight, of_share(a.dln_hh_weight, share, count, zero),
+        of_share(a.dln_hh_bias, share, count, zero), of_share(a.db_hh, share, count, zero), count, zero,
+    )  # fmt: skip
+    norm_backward(
+        of_x, dgx, dgx, a.beside.ln_ih_weight, of_share(a.dln_ih_weight, share, count, zero),
+        of_share(a.dln_ih_bias, share, count, zero), of_share(a.db_ih, share, count, zero), count, zero,
+    )  # fmt: skip
+
+
+@woven
+def optional_backward_step(a, t, n, first, rows, share, space, activations, gates, separate, has_c, cell, zero):
+    """The cell's gradients at step t, into rows n and following of the chunk; adds to `old` what reaches h past W_hh."""
+    sizes, beside, lanes, item = a.sizes, a.beside, vector_lanes(zero), item_bytes(zero)
+    hidden, outputs = sizes.hidden, sizes.outputs
+    hidden_row, h_row, slot = padded_bytes(hidden, zero), padded_bytes(outputs, zero), hidden * item
+    y_step, gates_step = outer_step(sizes, a.y, t), saved_step(sizes, a.gates, t)
+    zone_step = outer_step(sizes, beside.zone_c, t)
+    dw_ch = of_share(a.dw_ch, share, 3 * hidden, zero)
+    for r in range(rows):
+        b = first + r
+        kept = space + a.kept + (n + r) * a.kept_row if a.recompute != 0 else gates_step + b * a.gates.row
+        h_prev, c_prev = space + a.hs + (n + r) * h_row, space + a.cs + (n + r) * hidden_row
+        h = kept if beside.keeps_h != 0 else outer_row(sizes, a.y, y_step, b)
+        dgx, dgh = space + a.dgx + (n + r) * a.dg_row, space + a.dgh + (n + r) * a.dg_row
+        projected = a.w_hr.base != 0
+        dm = space + a.dm + r * hidden_row if projected else space + a.dh + r * h_row
+        dc, old = space + a.dc + r * hidden_row, space + a.old + r * h_row
+        normed = beside.ln_c_weight != 0
+        if normed:
+            through_norm_of_c(a, kept, c_prev, dm, share, space, zero)
+        zone = outer_row(sizes, beside.zone_c, zone_step, b) if beside.zone_c.base != 0 else 0
+        cells = cells_row(sizes, beside, a.cells, t, b)
+        for u in range(0, hidden, lanes):
+            at, count = u * item, hidden - u
+            if has_c:
+                lstm_optional_backward(
+                    load(dm + at, zero), kept + at, slot, cells + at, c_prev + at, dc + at,
+                    beside.w_ch + at if beside.w_ch != 0 else 0, dw_ch + at if dw_ch != 0 else 0,
+                    zone + u if zone != 0 else 0, beside.share_c, space + a.tanh_v + at if normed else 0,
+                    space + a.dv + at, dgx + at, space + a.ms + (n + r) * hidden_row + at if projected else 0, count, zero,
+                )  # fmt: skip
+            else:
+                direct = cell(
+                    load(dm + at, zero),
+                    kept + at,
+                    slot,
+                    0,
+                    0,
+                    h + at,
+                    h_prev + at,
+                    0,
+                    dgx + at,
+                    dgh + at,
+                    0,
+                    count,
+                    zero,
+                )
+                store(old + at, load(old + at, zero) + direct)
+        if beside.ln_ih_weight != 0:
+            norms_backward(a, dgx, dgh, kept + (activations + beside.keeps_h) * slot, share, gates, separate, zero)
+
+
+@woven
+def reset_before_backward(a, t, n, first, rows, space, gates, zero):
+    """What goes by way of r * u: the gradient of r, and in du what reaches u."""
+    lanes, item, hidden, outputs = vector_lanes(zero), item_bytes(zero), a.sizes.hidden, a.sizes.outputs
+    h_row, gates_step = padded_bytes(outputs, zero), saved_step(a.sizes, a.gates, t)
+    last = (gates - 1) * hidden * item
+    for r in range(rows):
+        copy_in(space + a.du + r * h_row, 0, outputs, zero)
+    dgx = space + a.dgx + n * a.dg_row
+    product(rows, dgx + last, a.dg_row, a.last, hidden, outputs, space + a.du, h_row, zero)
+    for r in range(rows):
+        kept = space + a.kept + (n + r) * a.kept_row if a.recompute != 0 else gates_step + (first + r) * a.gates.row
+        for u in range(0, hidden, lanes):
+            at, count = u * item, hidden - u
+            du, met = space + a.du + r * h_row + at, space + a.us + (n + r) * h_row + at
+            of_u = reset_gate_backward(load(du, zero), kept + at, met, dgx + r * a.dg_row + at, count, zero)
+            store(du, of_u)
+            ru = load_part(kept + at, zero, count) * load(met, zero)
+            store(space + a.rus + (n + r) * h_row + at, ru)
+
+
+@woven
+def leave_gradients(a, t, n, first, rows, space, gates, resets_before, zero):
+    """dh of the step before, and resets."""
+    sizes, lanes, item = a.sizes, vector_lanes(zero), item_bytes(zero)
+    hidden, outputs, mask = sizes.hidden, sizes.outputs, a.beside.recurrent_mask
+    h_row, c_row = padded_bytes(outputs, zero), padded_bytes(hidden, zero)
+    if not resets_before:
+        for r in range(rows):
+            copy_in(space + a.du + r * h_row, 0, outputs, zero)
+    depth = (gates - 1 if resets_before else gates) * hidden
+    product(rows, space + a.dgh + n * a.dg_row, a.dg_row, a.w_hh, depth, outputs, space + a.du, h_row, zero)
+    for r in range(rows):
+        b, dh, dc = first + r, space + a.dh + r * h_row, space + a.dc + r * c_row
+        du, old = space + a.du + r * h_row, space + a.old + r * h_row
+        if mask.base != 0:
+            times_mask(du, du, state_row(sizes, mask, b), outputs, zero)
+        for u in range(0, outputs, lanes):
+            at = u * item
+            store(dh + at, load(old + at, zero) + load(du + at, zero))
+        if is_reset(sizes, a.beside.reset, t, b):
+            give_away(dh, reset_row(sizes, a.dreset_h, t, b), outputs, zero)
+            if a.dc0.base != 0:
+                give_away(dc, reset_row(sizes, a.dreset_c, t, b), hidden, zero)
+
+
+@inlined
+def give_away(row, to, units, zero):
+    """Adds a row to another, if there is one, and leaves zeros."""
+    lanes, item = vector_lanes(zero), item_bytes(zero)
+    for u in range(0, units, lanes):
+        at = u * item
+        if to != 0:
+            add_part(to + at, load(row + at, zero), zero, units - u)
+        store(row + at, broadcast(zero))
+
+
+@woven
+def optional_weight_gradients(a, rows, share, fresh, space, gates, resets_before, zero):
+    """Adds what the rows of a chunk give to the gradients of weights and biases."""
+    item, hidden, inputs, outputs = item_bytes(zero), a.sizes.hidden, a.sizes.inputs, a.sizes.outputs
+    recurrent, x_row, h_row = gates * hidden, padded_bytes(inputs, zero), padded_bytes(outputs, zero)
+    dgx, dgh, tile, row = space + a.dgx, space + a.dgh, space + a.tile, a.dg_row
+    if a.dw_ih != 0:
+        into = a.dw_ih + share * recurrent * inputs * item
+        outer_product(rows, dgx, row, recurrent, space + a.xs, x_row, inputs, into, fresh, tile, zero)
+    if a.dw_hh != 0:
+        into, first = a.dw_hh + share * recurrent * outputs * item, recurrent - hidden if resets_before else recurrent
+        outer_product(rows, dgh, row, first, space + a.us, h_row, outputs, into, fresh, tile, zero)
+        if resets_before:
+            last = first * item
+            into += last * outputs
+            outer_product(rows, dgh + last, row, hidden, space + a.rus, h_row, outputs, into, fresh, tile, zero)
+    if a.dw_hr != 0:
+        m_row, into = padded_bytes(hidden, zero), a.dw_hr + share * outputs * hidden * item
+        outer_product(rows, space + a.dp, h_row, outputs, space + a.ms, m_row, hidden, into, fresh, tile, zero)
+    if a.beside.ln_ih_weight == 0:
+        if a.db_ih != 0:
+            sum_rows(rows, dgx, row, recurrent, a.db_ih + share * recurrent * item, fresh, zero)
+        if a.db_hh != 0:
+            sum_rows(rows, dgh, row, recurrent, a.db_hh + share * recurrent * item, fresh, zero)
+
+
+@woven
+def optional_input_gradients(a, chunk, chunk_end, first, last, rows, space, gates, zero):
+    """dx of the rows of a chunk, by way of the rows of x, which nobody reads any more."""
+    sizes, x_row, mask = a.sizes, padded_bytes(a.sizes.inputs, zero), a.beside.input_mask
+    for n in range(rows):
+        copy_in(space + a.xs + n * x_row, 0, sizes.inputs, zero)
+    product(rows, space + a.dgx, a.dg_row, a.w_ih, gates * sizes.hidden, sizes.inputs, space + a.xs, x_row, zero)
+    n = 0
+    for s in range(chunk_end - 1, chunk - 1, -1):
+        t = step_order(sizes, s)
+        dx_step = outer_step(sizes, a.dx, t)
+        for b in range(first, first + rows_in(sizes, t, first, last)):
+            dx = space + a.xs + n * x_row
+            if mask.base != 0:
+                times_mask(dx, dx, state_row(sizes, mask, b), sizes.inputs, zero)
+            copy_out(outer_row(sizes, a.dx, dx_step, b), dx, sizes.inputs, zero)
+            n += 1
+
+
+@woven
+def start_optional_gradients(a, first, last, space, zero):
+    """dh_n and dc_n, and the zeros that sums start from."""
+    h_row, c_row = padded_bytes(a.sizes.outputs, zero), padded_bytes(a.sizes.hidden, zero)
+    for j in range(MAX_VECTORS):
+        store(space + a.tile + (j - MAX_VECTORS) * VECTOR_BYTES, broadcast(zero))
+    for b in range(last - first):
+        copy_in(space + a.dh + b * h_row, state_row(a.sizes, a.dh_n, first + b), a.sizes.outputs, zero)
+        if a.dc0.base != 0:
+            copy_in(space + a.dc + b * c_row, state_row(a.sizes, a.dc_n, first + b), a.sizes.hidden, zero)
+
+
+@woven
+def optional_backward_sweep(a, first, last, share, activations, gates, separate, kind, forward_cell, cell, zero):
+    """Sequences [first, last) back through all steps; from `activations` on, how many blocks of them a step keeps, the
+    arguments are constants of the kernel."""
+    has_c, resets_before = kind
+    sizes, space, fresh = a.sizes, a.workspace + share * a.workspace_bytes, True
+    h_row, c_row = padded_bytes(sizes.outputs, zero), padded_bytes(sizes.hidden, zero)
+    if a.recompute != 0:
+        start_recurrence(a.step, a.beside, space, gates, separate, sizes.hidden, zero)
+    for block in range(first, last, sizes.block):
+        end = min(block + sizes.block, last)
+        start_optional_gradients(a, block, end, space, zero)
+        chunk_end = sizes.steps
+        while chunk_end > 0:
+            chunk = max(chunk_end - sizes.chunk, 0)
+            n = 0
+            for s in range(chunk_end - 1, chunk - 1, -1):
+                t = step_order(sizes, s)
+                rows = rows_in(sizes, t, block, end)
+                meet(a, s, t, n, block, rows, space, zero)
+                n += rows
+            if a.recompute != 0:
+                recompute(
+                    a, chunk, chunk_end, block, end, n, space, activations, gates, separate, kind, forward_cell, zero
+                )
+            n = 0
+            for s in range(chunk_end - 1, chunk - 1, -1):
+                t = step_order(sizes, s)
+                rows = rows_in(sizes, t, block, end)
+                enter_gradients(a, t, n, rows, block, space, zero)
+                optional_backward_step(
+                    a, t, n, block, rows, share, space, activations, gates, separate, has_c, cell, zero
+                )
+                if resets_before:
+                    reset_before_backward(a, t, n, block, rows, space, gates, zero)
+                leave_gradients(a, t, n, block, rows, space, gates, resets_before, zero)
+                n += rows
+            if n > 0:
+                optional_weight_gradients(a, n, share, fresh, space, gates, resets_before, zero)
+                fresh = False
+                if a.dx.base != 0:
+                    optional_input_gradients(a, chunk, chunk_end, block, end, n, space, gates, zero)
+            chunk_end = chunk
+        for b in range(block, end):
+            copy_out(state_row(sizes, a.dh0, b), space + a.dh + (b - block) * h_row, sizes.outputs, zero)
+            if a.dc0.base != 0:
+                copy_out(state_row(sizes, a.dc0, b), space + a.dc + (b - block) * c_row, sizes.hidden, zero)

@@ -1,0 +1,178 @@
+"""The forward sweep of a call that asks for more than the plain cell: masks, zoneout, resets, peepholes, LayerNorm, c of
+every step, and a GRU that resets before its last product. Its steps are in recurrence.py, all else is as in forward.py.
+
+A step begins by putting the reset states in the place of the old ones, and with u = h times the recurrent mask; it ends
+with zoneout of h, after any projection.
+"""
+
+from rnnkern.backends.numba_cpu.blocks import pack_units
+from rnnkern.backends.numba_cpu.forward import end_states, project, start_states
+from rnnkern.backends.numba_cpu.jit import inlined, woven
+from rnnkern.backends.numba_cpu.lanes import load_byte, mix
+from rnnkern.backends.numba_cpu.recurrence import (
+    Row,
+    input_products,
+    pack_recurrence,
+    recurrent_products,
+    row_forward,
+    start_recurrence,
+)
+from rnnkern.backends.numba_cpu.sweep import (
+    copy_in,
+    outer_row,
+    outer_step,
+    padded_bytes,
+    rows_in,
+    saved_step,
+    sequence,
+    state_row,
+    step_order,
+)
+from rnnkern.backends.numba_cpu.tile import MAX_VECTORS
+from rnnkern.backends.numba_cpu.vector import item_bytes, load, load_part, store, store_part, vector_lanes
+
+
+@woven
+def pack_optional_forward(a, gates, zero):
+    """Packs the weights that have panels."""
+    pack_recurrence(a.step, a.sizes, gates, zero)
+    if a.w_hr.panels != 0:
+        pack_units(a.w_hr, 1, a.sizes.outputs, a.sizes.hidden, MAX_VECTORS, zero)
+
+
+@inlined
+def is_reset(sizes, reset, t, b):
+    """Whether the b-th sequence starts anew at step t."""
+    return reset.base != 0 and load_byte(reset.base + t * reset.step + sequence(sizes, b) * reset.row) != 0
+
+
+@inlined
+def reset_row(sizes, rows, t, b):
+    """The state that a reset of the b-th sequence at step t gives; 0 for zeros."""
+    return rows.base + t * rows.step + sequence(sizes, b) * rows.row if rows.base != 0 else 0
+
+
+@inlined
+def times_mask(target, source, mask, units, zero):
+    """A workspace row times the row of a mask."""
+    lanes, item = vector_lanes(zero), item_bytes(zero)
+    for u in range(0, units, lanes):
+        store(target + u * item, load(source + u * item, zero) * load_part(mask + u * item, zero, units - u))
+
+
+@woven
+def gather_inputs(sizes, rows, mask, t, first, count, target, zero):
+    """The inputs of `count` sequences at step t into a workspace, times their mask."""
+    x_row, step = padded_bytes(sizes.inputs, zero), outer_step(sizes, rows, t)
+    for b in range(count):
+        into = target + b * x_row
+        copy_in(into, outer_row(sizes, rows, step, first + b), sizes.inputs, zero)
+        if mask.base != 0:
+            times_mask(into, into, state_row(sizes, mask, first + b), sizes.inputs, zero)
+
+
+@woven
+def enter_step(a, t, rows, first, h, space, zero):
+    """Resets the states of step t, and forms u where there is a mask."""
+    hidden, outputs = a.sizes.hidden, a.sizes.outputs
+    h_row, c_row = padded_bytes(outputs, zero), padded_bytes(hidden, zero)
+    for b in range(rows):
+        if is_reset(a.sizes, a.beside.reset, t, first + b):
+            copy_in(h + b * h_row, reset_row(a.sizes, a.beside.reset_h, t, first + b), outputs, zero)
+            if a.c_n.base != 0:
+                copy_in(space + a.c + b * c_row, reset_row(a.sizes, a.beside.reset_c, t, first + b), hidden, zero)
+        if a.beside.recurrent_mask.base != 0:
+            mask = state_row(a.sizes, a.beside.recurrent_mask, first + b)
+            times_mask(space + a.u + b * h_row, h + b * h_row, mask, outputs, zero)
+
+
+@woven
+def leave_step(a, t, rows, first, h_old, h_new, zero):
+    """Zoneout of h, and y."""
+    outputs, lanes, item = a.sizes.outputs, vector_lanes(zero), item_bytes(zero)
+    h_row, y_step, zone = padded_bytes(outputs, zero), outer_step(a.sizes, a.y, t), a.beside.zone_h
+    zone_step = outer_step(a.sizes, zone, t)
+    for b in range(rows):
+        y = outer_row(a.sizes, a.y, y_step, first + b)
+        mask = outer_row(a.sizes, zone, zone_step, first + b) if zone.base != 0 else 0
+        for u in range(0, outputs, lanes):
+            at = b * h_row + u * item
+            here = mask + u if mask != 0 else 0
+            new = mix(here, a.beside.share_h, load(h_old + at, zero), load(h_new + at, zero), outputs - u, zero)
+            store(h_new + at, new)
+            store_part(y + u * item, new, zero, outputs - u)
+
+
+@inlined
+def cells_row(sizes, beside, cells, t, b):
+    """Where c of the b-th sequence at step t lies, 0 where it is not kept."""
+    if cells.base == 0:
+        return 0
+    if beside.outer_cells != 0:
+        return outer_row(sizes, cells, outer_step(sizes, cells, t), b)
+    return saved_step(sizes, cells, t) + b * cells.row
+
+
+@woven
+def optional_forward_step(a, t, n, rows, first, h_old, h_new, space, activations, gates, separate, kind, cell, zero):
+    """Step t of sequences first to first + rows, whose products gx are rows n and following of the chunk. `kind` is
+    (has_c, resets_before)."""
+    has_c, resets_before = kind
+    sizes, beside, hidden = a.sizes, a.beside, a.sizes.hidden
+    gate_row, h_row = padded_bytes(hidden, zero), padded_bytes(sizes.outputs, zero)
+    g_row = gates * gate_row
+    gx, gh = space + a.step.gx + n * g_row, space + a.step.gh
+    u = space + a.u if beside.recurrent_mask.base != 0 else h_old
+    recurrent_products(a.step, beside, rows, u, gx, gh, space, gates, separate, resets_before, sizes, zero)
+    gates_step, zone_step = saved_step(sizes, a.gates, t), outer_step(sizes, beside.zone_c, t)
+    out, out_row = (space + a.m, gate_row) if a.w_hr.base != 0 else (h_new, h_row)
+    for r in range(rows):
+        b = first + r
+        row = Row(
+            gx + r * g_row,
+            gh + r * g_row,
+            h_old + r * h_row,
+            space + a.c + r * gate_row,
+            outer_row(sizes, beside.zone_c, zone_step, b) if beside.zone_c.base != 0 else 0,
+            gates_step + b * a.gates.row if a.gates.base != 0 else 0,
+            cells_row(sizes, beside, a.cells, t, b),
+            out + r * out_row,
+        )
+        row_forward(a.step, beside, row, activations, space, gates, separate, has_c, cell, hidden, zero)
+    if a.w_hr.base != 0:
+        project(a, t, rows, first, h_new, space, zero)
+    leave_step(a, t, rows, first, h_old, h_new, zero)
+
+
+@woven
+def optional_forward_sweep(a, first, last, share, activations, gates, separate, kind, cell, zero):
+    """Sequences [first, last) through all steps; from `activations` on, how many blocks of them a step keeps, the
+    arguments are constants of the kernel."""
+    sizes, space = a.sizes, a.workspace + share * a.workspace_bytes
+    x_row, h_row = padded_bytes(sizes.inputs, zero), padded_bytes(sizes.outputs, zero)
+    start_recurrence(a.step, a.beside, space, gates, separate, sizes.hidden, zero)
+    for block in range(first, last, sizes.block):
+        end = min(block + sizes.block, last)
+        start_states(a, block, end, space, zero)
+        for chunk in range(0, sizes.steps, sizes.chunk):
+            chunk_end = min(chunk + sizes.chunk, sizes.steps)
+            n = 0
+            for s in range(chunk, chunk_end):
+                t = step_order(sizes, s)
+                rows = rows_in(sizes, t, block, end)
+                gather_inputs(sizes, a.x, a.beside.input_mask, t, block, rows, space + a.xs + n * x_row, zero)
+                n += rows
+            input_products(a.step, a.beside, n, space + a.xs, space, gates, sizes, zero)
+            n = 0
+            for s in range(chunk, chunk_end):
+                t = step_order(sizes, s)
+                rows = rows_in(sizes, t, block, end)
+                h_old = space + a.h + (s % 2) * sizes.block * h_row
+                h_new = space + a.h + ((s + 1) % 2) * sizes.block * h_row
+                enter_step(a, t, rows, block, h_old, space, zero)
+                optional_forward_step(
+                    a, t, n, rows, block, h_old, h_new, space, activations, gates, separate, kind, cell, zero
+                )
+                staying = rows_in(sizes, step_order(sizes, s + 1), block, end) if s + 1 < sizes.steps else 0
+                end_states(a, block, staying, rows, h_new, space, zero)
+                n += rows

@@ -1,0 +1,118 @@
+"""The compiled entry points of calls that ask for more than the plain cell; kernels.py has the plain ones."""
+
+from rnnkern.backends.numba_cpu import cells
+from rnnkern.backends.numba_cpu.jit import kernel
+from rnnkern.backends.numba_cpu.kernels import Kernels
+from rnnkern.backends.numba_cpu.operands import OptionalBackward, OptionalForward, read_operands
+from rnnkern.backends.numba_cpu.optional_backward import optional_backward_sweep, pack_optional_backward
+from rnnkern.backends.numba_cpu.optional_forward import optional_forward_sweep, pack_optional_forward
+from rnnkern.backends.numba_cpu.vector import flush_denormals, restore_mode
+
+
+@kernel
+def pack_for_optional_forward(address, gates, zero):
+    pack_optional_forward(read_operands(address, OptionalForward), gates, zero)
+
+
+@kernel
+def pack_for_optional_backward(address, gates, zero):
+    pack_optional_backward(read_operands(address, OptionalBackward), gates, zero)
+
+
+@kernel
+def lstm_optional_forward(address, first, last, share, zero):
+    mode, a = flush_denormals(), read_operands(address, OptionalForward)
+    optional_forward_sweep(a, first, last, share, 4, 4, False, (True, False), cells.lstm_forward, zero)
+    restore_mode(mode)
+
+
+@kernel
+def lstm_optional_backward(address, first, last, share, zero):
+    mode, a = flush_denormals(), read_operands(address, OptionalBackward)
+    optional_backward_sweep(
+        a, first, last, share, 4, 4, False, (True, False), cells.lstm_forward, cells.lstm_backward, zero
+    )
+    restore_mode(mode)
+
+
+@kernel
+def gru_optional_forward(address, first, last, share, zero):
+    mode, a = flush_denormals(), read_operands(address, OptionalForward)
+    optional_forward_sweep(a, first, last, share, 4, 3, True, (False, False), cells.gru_forward, zero)
+    restore_mode(mode)
+
+
+@kernel
+def gru_optional_backward(address, first, last, share, zero):
+    mode, a = flush_denormals(), read_operands(address, OptionalBackward)
+    optional_backward_sweep(
+        a, first, last, share, 4, 3, True, (False, False), cells.gru_forward, cells.gru_backward, zero
+    )
+    restore_mode(mode)
+
+
+@kernel
+def gru_reset_before_optional_forward(address, first, last, share, zero):
+    mode, a = flush_denormals(), read_operands(address, OptionalForward)
+    optional_forward_sweep(a, first, last, share, 3, 3, False, (False, True), cells.gru_reset_before_forward, zero)
+    restore_mode(mode)
+
+
+@kernel
+def gru_reset_before_optional_backward(address, first, last, share, zero):
+    mode, a = flush_denormals(), read_operands(address, OptionalBackward)
+    optional_backward_sweep(
+        a,
+        first,
+        last,
+        share,
+        3,
+        3,
+        False,
+        (False, True),
+        cells.gru_reset_before_forward,
+        cells.gru_reset_before_backward,
+        zero,
+    )
+    restore_mode(mode)
+
+
+@kernel
+def rnn_tanh_optional_forward(address, first, last, share, zero):
+    mode, a = flush_denormals(), read_operands(address, OptionalForward)
+    optional_forward_sweep(a, first, last, share, 0, 1, False, (False, False), cells.rnn_tanh_forward, zero)
+    restore_mode(mode)
+
+
+@kernel
+def rnn_tanh_optional_backward(address, first, last, share, zero):
+    mode, a = flush_denormals(), read_operands(address, OptionalBackward)
+    optional_backward_sweep(
+        a, first, last, share, 0, 1, False, (False, False), cells.rnn_tanh_forward, cells.rnn_tanh_backward, zero
+    )
+    restore_mode(mode)
+
+
+@kernel
+def rnn_relu_optional_forward(address, first, last, share, zero):
+    mode, a = flush_denormals(), read_operands(address, OptionalForward)
+    optional_forward_sweep(a, first, last, share, 0, 1, False, (False, False), cells.rnn_relu_forward, zero)
+    restore_mode(mode)
+
+
+@kernel
+def rnn_relu_optional_backward(address, first, last, share, zero):
+    mode, a = flush_denormals(), read_operands(address, OptionalBackward)
+    optional_backward_sweep(
+        a, first, last, share, 0, 1, False, (False, False), cells.rnn_relu_forward, cells.rnn_relu_backward, zero
+    )
+    restore_mode(mode)
+
+
+OPTIONAL_KERNELS = {
+    "lstm": Kernels(lstm_optional_forward, lstm_optional_backward),
+    "gru": Kernels(gru_optional_forward, gru_optional_backward),
+    "gru_reset_before": Kernels(gru_reset_before_optional_forward, gru_reset_before_optional_backward),
+    "rnn_tanh": Kernels(rnn_tanh_optional_forward, rnn_tanh_optional_backward),
+    "rnn_relu": Kernels(rnn_relu_optional_forward, rnn_relu_optional_backward),
+}

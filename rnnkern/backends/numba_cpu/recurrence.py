@@ -1,0 +1,187 @@
+"""A step that has everything that a layer may be asked for, forward: what the optional forward sweep does at each step,
+and the optional backward sweep where it computes activations anew.
+
+Other than in the plain sweep (forward.py), a step's recurrent product is formed for all units before any goes through
+the cell, since LayerNorm needs whole rows, and a GRU that resets before its last product needs all of r for it:
+
+    gh (rows, G, W) = u W_hh^T (+ gx, or + b_hh)            u is h, or h times the recurrent mask
+    r = s(gh_r), gh_n = gx_n + b_hn + (r*u) W_hn^T          where the last gate has a product of its own
+    gx = LN(gx)*w + b, gh = LN(gh)*w + b                    with LayerNorm, row by row
+    out, c = cell(gx, gh, c, h)                             row by row
+"""
+
+from typing import NamedTuple
+
+from rnnkern.backends.numba_cpu.blocks import pack_units
+from rnnkern.backends.numba_cpu.cells import lstm_optional_forward, reset_gate
+from rnnkern.backends.numba_cpu.forward import gate_tile, load_bias, units_per_panel
+from rnnkern.backends.numba_cpu.gates import tanh
+from rnnkern.backends.numba_cpu.jit import inlined, woven
+from rnnkern.backends.numba_cpu.lanes import over_root, row_squares, row_sum
+from rnnkern.backends.numba_cpu.sweep import padded_bytes, tile_height
+from rnnkern.backends.numba_cpu.tile import MAX_ROWS
+from rnnkern.backends.numba_cpu.vector import (
+    VECTOR_BYTES,
+    item_bytes,
+    load,
+    load_part,
+    store,
+    store_part,
+    vector_lanes,
+)
+
+EPSILON = 1e-5  # of LayerNorm
+
+
+class Row(NamedTuple):
+    """Where a step of one sequence reads and writes."""
+
+    gx: int  # (G, W)
+    gh: int  # (G, W)
+    h: int  # (W): h before, for zoneout and the cell's direct way
+    c: int  # (W): carried
+    zone_c: int  # (H) bytes, or 0
+    kept: int  # (kept, H), or 0
+    cells: int  # (H), or 0
+    out: int  # (W)
+
+
+@woven
+def pack_recurrence(step, sizes, gates, zero):
+    """Packs the weights of the forward products that have panels."""
+    first = gates - 1 if step.last.base != 0 else gates
+    if step.w_ih.panels != 0:
+        pack_units(step.w_ih, gates, sizes.hidden, sizes.inputs, units_per_panel(gates), zero)
+    if step.w_hh.panels != 0:
+        pack_units(step.w_hh, first, sizes.hidden, sizes.outputs, units_per_panel(first), zero)
+    if step.last.panels != 0:
+        pack_units(step.last, 1, sizes.hidden, sizes.outputs, units_per_panel(1), zero)
+
+
+@woven
+def start_recurrence(step, beside, space, gates, separate, hidden, zero):
+    """The rows that products and norms start from."""
+    normed = beside.ln_ih_weight != 0
+    load_bias(space + step.b_x, step.b_ih, gates, hidden, beside.ln_ih_bias, zero)
+    load_bias(space + step.b_h, step.b_hh, gates, hidden, beside.ln_hh_bias, zero)
+    load_bias(space + step.nothing, 0, gates, hidden, 0, zero)
+    if normed:
+        load_bias(space + step.n_x, beside.ln_ih_weight, gates, hidden, 0, zero)
+        load_bias(space + step.n_h, beside.ln_hh_weight, gates, hidden, 0, zero)
+    elif not separate:  # then gh starts from gx, which has both biases
+        load_bias(space + step.b_x, step.b_ih, gates, hidden, step.b_hh, zero)
+
+
+@woven
+def gate_product(weight, gates, units, depth, rows, x, x_row, c0, c0_row, c, c_row, tile_gates, zero):
+    """C (rows, gates, W) = C0 + x (rows, depth) @ weight^T. `tile_gates` are the gates that the weight's panels
+    interleave."""
+    gate_row, per_panel = padded_bytes(units, zero), units_per_panel(tile_gates)
+    column = gate_row if tile_gates > 1 else VECTOR_BYTES
+    vectors = gate_row // VECTOR_BYTES
+    for v in range(0, vectors, per_panel):
+        width = min(per_panel, vectors - v)
+        n = 0
+        while n < rows:
+            height = tile_height(rows - n, MAX_ROWS[tile_gates * width])
+            gate_tile(
+                weight, tile_gates, units, depth, v, width, height, x + n * x_row, x_row,
+                c0 + n * c0_row + v * VECTOR_BYTES, c0_row, column, c + n * c_row + v * VECTOR_BYTES, c_row, column, zero,
+            )  # fmt: skip
+            n += height
+
+
+@woven
+def input_products(step, beside, rows, x, space, gates, sizes, zero):
+    """gx of rows of x, without its bias if it is still to be normalised."""
+    gx_row = gates * padded_bytes(sizes.hidden, zero)
+    start = space + (step.nothing if beside.ln_ih_weight != 0 else step.b_x)
+    x_row = padded_bytes(sizes.inputs, zero)
+    gate_product(
+        step.w_ih, gates, sizes.hidden, sizes.inputs, rows, x, x_row, start, 0, space + step.gx, gx_row, gates, zero
+    )
+
+
+@woven
+def recurrent_products(step, beside, rows, u, gx, gh, space, gates, separate, resets_before, sizes, zero):
+    """gh of rows of u, on top of gx where the cell adds the two."""
+    hidden, outputs = sizes.hidden, sizes.outputs
+    gate_row, u_row = padded_bytes(hidden, zero), padded_bytes(outputs, zero)
+    g_row = gates * gate_row
+    if beside.ln_hh_weight != 0:
+        gate_product(step.w_hh, gates, hidden, outputs, rows, u, u_row, space + step.nothing, 0, gh, g_row, gates, zero)
+    elif separate:
+        gate_product(step.w_hh, gates, hidden, outputs, rows, u, u_row, space + step.b_h, 0, gh, g_row, gates, zero)
+    elif resets_before:
+        gate_product(step.w_hh, gates, hidden, outputs, rows, u, u_row, gx, g_row, gh, g_row, gates - 1, zero)
+        for r in range(rows):
+            for at in range(0, gate_row, VECTOR_BYTES):
+                reset_gate(gh + r * g_row + at, u + r * u_row + at, space + step.ru + r * gate_row + at, zero)
+        last = (gates - 1) * gate_row
+        gate_product(
+            step.last, 1, hidden, outputs, rows, space + step.ru, gate_row, gx + last, g_row, gh + last, g_row, 1, zero
+        )
+    else:
+        gate_product(step.w_hh, gates, hidden, outputs, rows, u, u_row, gx, g_row, gh, g_row, gates, zero)
+
+
+@woven
+def normalise(row, more, weight, bias, kept, gates, hidden, zero):
+    """row (G, W) = LN(row) * weight + bias (+ more, where it is not 0); what the row was goes to `kept` (G, H)."""
+    lanes, item, gate_row = vector_lanes(zero), item_bytes(zero), padded_bytes(hidden, zero)
+    over_count = 1.0 / (gates * hidden)
+    mean = row_sum(row, gates, gate_row, hidden, zero) * over_count
+    over_sigma = over_root(row_squares(row, gates, gate_row, hidden, mean, zero) * over_count, EPSILON)
+    for gate in range(gates):
+        for u in range(0, hidden, lanes):
+            at = gate * gate_row + u * item
+            before = load(row + at, zero)
+            if kept != 0:
+                store_part(kept + (gate * hidden + u) * item, before, zero, hidden - u)
+            after = (before - mean) * over_sigma * load(weight + at, zero) + load(bias + at, zero)
+            if more != 0:
+                after = after + load(more + at, zero)
+            store(row + at, after)
+
+
+@inlined
+def normalised_outputs(beside, v, o, out, hidden, zero):
+    """out = o * tanh(LN(v)), an LSTM's."""
+    lanes, item = vector_lanes(zero), item_bytes(zero)
+    mean = row_sum(v, 1, 0, hidden, zero) * (1.0 / hidden)
+    over_sigma = over_root(row_squares(v, 1, 0, hidden, mean, zero) * (1.0 / hidden), EPSILON)
+    for u in range(0, hidden, lanes):
+        at, count = u * item, hidden - u
+        weight, bias = load_part(beside.ln_c_weight + at, zero, count), load_part(beside.ln_c_bias + at, zero, count)
+        c = (load(v + at, zero) - mean) * over_sigma * weight + bias
+        store(out + at, load(o + at, zero) * tanh(c))
+
+
+@woven
+def row_forward(step, beside, row, activations, space, gates, separate, has_c, cell, hidden, zero):
+    """The cell on a row whose products are there."""
+    lanes, item, gate_row = vector_lanes(zero), item_bytes(zero), padded_bytes(hidden, zero)
+    slot = hidden * item
+    if beside.ln_ih_weight != 0:
+        of_x = row.kept + (activations + beside.keeps_h) * slot if row.kept != 0 else 0
+        of_h = of_x + gates * slot if row.kept != 0 else 0
+        normalise(row.gx, 0, space + step.n_x, space + step.b_x, of_x, gates, hidden, zero)
+        more = 0 if separate else row.gx
+        normalise(row.gh, more, space + step.n_h, space + step.b_h, of_h, gates, hidden, zero)
+    v = space + step.v if beside.ln_c_weight != 0 else 0
+    for u in range(0, hidden, lanes):
+        at, count = u * item, hidden - u
+        kept = row.kept + at if row.kept != 0 else 0
+        if has_c:
+            out = lstm_optional_forward(
+                row.gh + at, gate_row, kept, slot, row.cells + at if row.cells != 0 else 0, row.c + at,
+                beside.w_ch + at if beside.w_ch != 0 else 0, row.zone_c + u if row.zone_c != 0 else 0, beside.share_c,
+                v + at if v != 0 else 0, count, zero,
+            )  # fmt: skip
+        else:
+            out = cell(row.gx + at, gate_row, row.gh + at, gate_row, kept, slot, 0, 0, row.h + at, count, zero)
+        if beside.keeps_h != 0 and kept != 0:
+            store_part(kept, out, zero, count)
+        store(row.out + at, out)
+    if v != 0:
+        normalised_outputs(beside, v, row.gh + 3 * gate_row, row.out, hidden, zero)

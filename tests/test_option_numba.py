@@ -1,0 +1,41 @@
+"""What torch.nn lacks, in the Numba sweeps, against the oracle."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from rnnkern import reference
+from rnnkern.backends import numba_cpu
+from rnnkern.cells import Weights
+from tests.numba_support import all_needs
+from tests.option_layers import FULL, all_gradients, optional_cases
+from tests.tables import TOLERANCES, relative_rms
+
+CASES = dict(optional_cases()) | FULL
+
+
+def check(name: str, found: Tensor | None, expected: Tensor | None, limit: float) -> None:
+    if found is None or expected is None:
+        assert found is expected, name
+    else:
+        error = relative_rms(found, expected)
+        assert error <= limit, f"{name}: relative RMS error {error:.2e}"
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("nan_buffers")
+def test_kernels_against_the_oracle(name: str) -> None:
+    layer, limit = CASES[name].layer(), TOLERANCES[torch.float64]
+    expected, found = reference.forward(layer), numba_cpu.forward(layer, save=True)
+    for part, own, theirs in zip(expected._fields, found, expected, strict=True):
+        check(part, own, theirs, limit.forward)
+    inference = numba_cpu.forward(layer, save=False)
+    assert torch.equal(inference.y, found.y)
+    assert torch.equal(inference.h_n, found.h_n)
+    assert (inference.cells is not None) == layer.extras.states
+    grads, needs = all_gradients(layer, expected), all_needs(layer)
+    wanted = reference.backward(layer, expected.saved, grads, needs)
+    got = numba_cpu.backward(layer, expected.saved, grads, needs)
+    names = ("x", "h0", "c0", "reset_h", "reset_c", *Weights._fields * len(layer.weights))
+    for part, own, theirs in zip(names, got, wanted, strict=True):
+        check(f"d{part}", own, theirs, limit.gradient)
