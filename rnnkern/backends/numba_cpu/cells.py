@@ -7,8 +7,9 @@ backward cell turns `dh`, the gradient of those units, into the gradients of the
 dh that reaches h_{t-1} past the product with W_hh; a cell that can be projected leaves its output at `m`, unless that
 is 0. Saved gates and their gradients lie `slot` bytes apart; `count` units are real.
 
-What only the optional sweeps have is at the end: the LSTM with peepholes `w_ch`, zoneout of c (a mask or the address of a
-share, lanes.py) and LayerNorm of c, and the GRU that resets before its last product, which is in two parts.
+What only the optional sweeps have is at the end: the LSTM with peepholes `w_ch`, zoneout of c (a mask or the address of
+a share, lanes.py) and LayerNorm of c, the others under the same signature, and the GRU that resets before its last
+product, which is in two parts.
 """
 
 from rnnkern.backends.numba_cpu.gates import sigmoid, tanh
@@ -116,7 +117,7 @@ def rnn_relu_backward(dh, gates, slot, cells, c_prev, h, h_prev, dc, dgx, dgh, m
 
 
 @inlined
-def lstm_optional_forward(gh, spacing, gates, slot, cells, c, w_ch, zone, share, v, count, zero):
+def lstm_optional_forward(gx, x_spacing, gh, spacing, gates, slot, cells, c, h_prev, w_ch, zone, share, v, count, zero):
     """Where v is not 0, c is still to be normalised: its new value before zoneout goes there, and o where its
     pre-activation was."""
     before = load(c, zero)
@@ -153,7 +154,7 @@ def add_part(at, v, zero, count):
 
 @inlined
 def lstm_optional_backward(
-    dh, gates, slot, cells, c_prev, dc, w_ch, dw_ch, zone, share, tanh_v, dv, dgx, m, count, zero
+    dh, gates, slot, cells, c_prev, h, h_prev, dc, w_ch, dw_ch, zone, share, tanh_v, dv, dgx, dgh, m, count, zero
 ):
     """Where tanh_v is not 0, c was normalised: there is its tanh, and at dv what comes back through the norm."""
     i = load_part(gates, zero, count)
@@ -186,6 +187,47 @@ def lstm_optional_backward(
     store(dc, dc_prev)
     if m != 0:
         store(m, o * tanh_c)
+    return broadcast(zero)
+
+
+@inlined
+def gru_optional_forward(gx, x_spacing, gh, spacing, gates, slot, cells, c, h_prev, w_ch, zone, share, v, count, zero):
+    return gru_forward(gx, x_spacing, gh, spacing, gates, slot, cells, c, h_prev, count, zero)
+
+
+@inlined
+def gru_optional_backward(
+    dh, gates, slot, cells, c_prev, h, h_prev, dc, w_ch, dw_ch, zone, share, tanh_v, dv, dgx, dgh, m, count, zero
+):
+    return gru_backward(dh, gates, slot, cells, c_prev, h, h_prev, dc, dgx, dgh, m, count, zero)
+
+
+@inlined
+def rnn_tanh_optional_forward(
+    gx, x_spacing, gh, spacing, gates, slot, cells, c, h_prev, w_ch, zone, share, v, count, zero
+):
+    return tanh(load(gh, zero))
+
+
+@inlined
+def rnn_tanh_optional_backward(
+    dh, gates, slot, cells, c_prev, h, h_prev, dc, w_ch, dw_ch, zone, share, tanh_v, dv, dgx, dgh, m, count, zero
+):
+    return rnn_tanh_backward(dh, gates, slot, cells, c_prev, h, h_prev, dc, dgx, dgh, m, count, zero)
+
+
+@inlined
+def rnn_relu_optional_forward(
+    gx, x_spacing, gh, spacing, gates, slot, cells, c, h_prev, w_ch, zone, share, v, count, zero
+):
+    return positive_part(load(gh, zero))
+
+
+@inlined
+def rnn_relu_optional_backward(
+    dh, gates, slot, cells, c_prev, h, h_prev, dc, w_ch, dw_ch, zone, share, tanh_v, dv, dgx, dgh, m, count, zero
+):
+    return rnn_relu_backward(dh, gates, slot, cells, c_prev, h, h_prev, dc, dgx, dgh, m, count, zero)
 
 
 @inlined
@@ -197,7 +239,9 @@ def reset_gate(gh, u, ru, zero):
 
 
 @inlined
-def gru_reset_before_forward(gx, x_spacing, gh, spacing, gates, slot, cells, c, h_prev, count, zero):
+def gru_reset_before_optional_forward(
+    gx, x_spacing, gh, spacing, gates, slot, cells, c, h_prev, w_ch, zone, share, v, count, zero
+):
     r, z, n = load(gh, zero), sigmoid(load(gh + spacing, zero)), tanh(load(gh + 2 * spacing, zero))
     if gates != 0:
         store_part(gates, r, zero, count)
@@ -207,7 +251,9 @@ def gru_reset_before_forward(gx, x_spacing, gh, spacing, gates, slot, cells, c, 
 
 
 @inlined
-def gru_reset_before_backward(dh, gates, slot, cells, c_prev, h, h_prev, dc, dgx, dgh, m, count, zero):
+def gru_reset_before_optional_backward(
+    dh, gates, slot, cells, c_prev, h, h_prev, dc, w_ch, dw_ch, zone, share, tanh_v, dv, dgx, dgh, m, count, zero
+):
     """But for r, whose gradient comes by way of the product with W_hn (`reset_gate_backward`)."""
     z = load_part(gates + slot, zero, count)
     n = load_part(gates + 2 * slot, zero, count)

@@ -112,8 +112,8 @@ class OptionalForward(NamedTuple):
 
 
 class OptionalBackward(NamedTuple):
-    """The operands of a backward sweep that has everything; names as in `Backward`. Gradients that are summed row by row
-    are zero before."""
+    """The operands of a backward sweep that has everything; names as in `Backward`. Gradients that are summed row by
+    row are zero before."""
 
     sizes: Sizes
     x: Rows

@@ -16,14 +16,16 @@ before the norm) are added row by row to where they belong.
 
 from rnnkern.backends.numba_cpu.backward import outer_product, sum_rows
 from rnnkern.backends.numba_cpu.blocks import pack_depth
-from rnnkern.backends.numba_cpu.cells import add_part, lstm_optional_backward, reset_gate_backward
+from rnnkern.backends.numba_cpu.cells import add_part, reset_gate_backward
 from rnnkern.backends.numba_cpu.gates import tanh
-from rnnkern.backends.numba_cpu.jit import inlined, woven
+from rnnkern.backends.numba_cpu.jit import inlined, shared, woven
 from rnnkern.backends.numba_cpu.lanes import of_new, of_old, over_root, row_squares, row_sum, total
+from rnnkern.backends.numba_cpu.operands import OptionalBackward, read_operands
 from rnnkern.backends.numba_cpu.optional_forward import cells_row, gather_inputs, is_reset, reset_row, times_mask
 from rnnkern.backends.numba_cpu.recurrence import (
     EPSILON,
     Row,
+    behind,
     input_products,
     pack_recurrence,
     recurrent_products,
@@ -55,6 +57,12 @@ from rnnkern.backends.numba_cpu.vector import (
 )
 
 
+@shared
+def shared_product(rows, a, a_row, weight, depth, units, c, c_row, zero):
+    """`product`, compiled once for all that call it here."""
+    product(rows, a, a_row, weight, depth, units, c, c_row, zero)
+
+
 @woven
 def pack_optional_backward(a, gates, zero):
     """Packs the weights that have panels."""
@@ -72,9 +80,10 @@ def pack_optional_backward(a, gates, zero):
         pack_recurrence(a.step, a.sizes, gates, zero)
 
 
-@woven
-def meet(a, s, t, n, first, rows, space, zero):
+@shared
+def meet(address, s, t, n, first, rows, space, zero):
     """What step t, the s-th of the forward sweep, met: x, h, u and c, into rows n and following of the chunk."""
+    a = read_operands(address, OptionalBackward)
     sizes, hidden, outputs = a.sizes, a.sizes.hidden, a.sizes.outputs
     h_row, c_row = padded_bytes(outputs, zero), padded_bytes(hidden, zero)
     t_prev = step_order(sizes, s - 1) if s > 0 else t
@@ -106,25 +115,23 @@ def meet(a, s, t, n, first, rows, space, zero):
             copy_in(space + a.cs + (n + r) * c_row, before, hidden, zero)
 
 
-@woven
-def recompute(a, chunk, chunk_end, first, last, rows, space, activations, gates, separate, kind, cell, zero):
-    """The activations of a chunk's rows."""
-    has_c, resets_before = kind
+@shared
+def recompute_rows(address, chunk, chunk_end, first, last, space, activations, gates, separate, cell, zero):
+    """The activations of a chunk's rows, whose products are there."""
+    a = read_operands(address, OptionalBackward)
     sizes, hidden = a.sizes, a.sizes.hidden
     gate_row, h_row = padded_bytes(hidden, zero), padded_bytes(sizes.outputs, zero)
-    g_row, gx, gh = gates * gate_row, space + a.step.gx, space + a.step.gh
-    input_products(a.step, a.beside, rows, space + a.xs, space, gates, sizes, zero)
-    recurrent_products(a.step, a.beside, rows, space + a.us, gx, gh, space, gates, separate, resets_before, sizes, zero)
+    g_row = gates * gate_row
     n = 0
     for s in range(chunk_end - 1, chunk - 1, -1):
         t = step_order(sizes, s)
         zone_step = outer_step(sizes, a.beside.zone_c, t)
         for b in range(first, first + rows_in(sizes, t, first, last)):
-            if has_c:  # the cell changes c
+            if a.dc0.base != 0:  # the cell changes c
                 copy_in(space + a.dv, space + a.cs + n * gate_row, hidden, zero)
             row = Row(
-                gx + n * g_row,
-                gh + n * g_row,
+                space + a.step.gx + n * g_row,
+                space + a.step.gh + n * g_row,
                 space + a.hs + n * h_row,
                 space + a.dv,
                 outer_row(sizes, a.beside.zone_c, zone_step, b) if a.beside.zone_c.base != 0 else 0,
@@ -132,13 +139,14 @@ def recompute(a, chunk, chunk_end, first, last, rows, space, activations, gates,
                 0,
                 space + a.tanh_v,
             )
-            row_forward(a.step, a.beside, row, activations, space, gates, separate, has_c, cell, hidden, zero)
+            row_forward(a.step, a.beside, row, activations, space, gates, separate, cell, hidden, zero)
             n += 1
 
 
-@woven
-def enter_gradients(a, t, n, rows, first, space, zero):
-    """dh += dy_t and dc += dcells_t, zoneout, and with a projection dp_t = dh and dm = dh W_hr."""
+@shared
+def enter_gradients(address, t, n, rows, first, space, zero):
+    """dh += dy_t and dc += dcells_t, zoneout, and with a projection dp_t = dh, and zeros for dm."""
+    a = read_operands(address, OptionalBackward)
     lanes, item, sizes, beside = vector_lanes(zero), item_bytes(zero), a.sizes, a.beside
     hidden, outputs = sizes.hidden, sizes.outputs
     h_row, c_row = padded_bytes(outputs, zero), padded_bytes(hidden, zero)
@@ -163,11 +171,10 @@ def enter_gradients(a, t, n, rows, first, space, zero):
         if a.w_hr.base != 0:
             copy_in(space + a.dp + (n + r) * h_row, dh, outputs, zero)
             copy_in(space + a.dm + r * c_row, 0, hidden, zero)
-    if a.w_hr.base != 0:
-        product(rows, space + a.dh, h_row, a.w_hr, outputs, hidden, space + a.dm, c_row, zero)
+        copy_in(space + a.du + r * h_row, 0, outputs, zero)
 
 
-@woven
+@shared
 def norm_backward(x, dy, dx, weight, dweight, dbias, extra, count, zero):
     """dx of y = LN(x) * weight + bias, rows of `count` numbers, and adds what the row gives to the sums of the weight's
     gradient, the bias's, and another of the bias's kind; addresses are 0 where nobody asks. dx may be dy."""
@@ -194,7 +201,7 @@ def norm_backward(x, dy, dx, weight, dweight, dbias, extra, count, zero):
         store_part(dx + at, (of_normal - shift - normal * slope) * over_sigma, zero, left)
 
 
-@woven
+@inlined
 def through_norm_of_c(a, gates, c_prev, dm, share, space, zero):
     """tanh of the normalised c of a row, and what of dm comes back through the norm to c."""
     lanes, item, hidden = vector_lanes(zero), item_bytes(zero), a.sizes.hidden
@@ -224,7 +231,7 @@ def of_share(address, share, count, zero):
     return address + share * count * item_bytes(zero) if address != 0 else 0
 
 
-@woven
+@inlined
 def norms_backward(a, dgx, dgh, kept, share, gates, separate, zero):
     """The gradients of the two products of a row from those of what LayerNorm made of them."""
     count = gates * a.sizes.hidden
@@ -240,9 +247,11 @@ def norms_backward(a, dgx, dgh, kept, share, gates, separate, zero):
     )  # fmt: skip
 
 
-@woven
-def optional_backward_step(a, t, n, first, rows, share, space, activations, gates, separate, has_c, cell, zero):
-    """The cell's gradients at step t, into rows n and following of the chunk; adds to `old` what reaches h past W_hh."""
+@shared
+def backward_rows(address, t, n, first, rows, share, space, activations, gates, separate, cell, zero):
+    """The cell's gradients at step t, into rows n and following of the chunk; adds to `old` what reaches h past
+    W_hh."""
+    a = read_operands(address, OptionalBackward)
     sizes, beside, lanes, item = a.sizes, a.beside, vector_lanes(zero), item_bytes(zero)
     hidden, outputs = sizes.hidden, sizes.outputs
     hidden_row, h_row, slot = padded_bytes(hidden, zero), padded_bytes(outputs, zero), hidden * item
@@ -265,66 +274,40 @@ def optional_backward_step(a, t, n, first, rows, share, space, activations, gate
         cells = cells_row(sizes, beside, a.cells, t, b)
         for u in range(0, hidden, lanes):
             at, count = u * item, hidden - u
-            if has_c:
-                lstm_optional_backward(
-                    load(dm + at, zero), kept + at, slot, cells + at, c_prev + at, dc + at,
-                    beside.w_ch + at if beside.w_ch != 0 else 0, dw_ch + at if dw_ch != 0 else 0,
-                    zone + u if zone != 0 else 0, beside.share_c, space + a.tanh_v + at if normed else 0,
-                    space + a.dv + at, dgx + at, space + a.ms + (n + r) * hidden_row + at if projected else 0, count, zero,
-                )  # fmt: skip
-            else:
-                direct = cell(
-                    load(dm + at, zero),
-                    kept + at,
-                    slot,
-                    0,
-                    0,
-                    h + at,
-                    h_prev + at,
-                    0,
-                    dgx + at,
-                    dgh + at,
-                    0,
-                    count,
-                    zero,
-                )
-                store(old + at, load(old + at, zero) + direct)
+            direct = cell(
+                load(dm + at, zero), kept + at, slot, cells + at, c_prev + at, h + at, h_prev + at, dc + at,
+                behind(beside.w_ch, at), behind(dw_ch, at), behind(zone, u), beside.share_c,
+                space + a.tanh_v + at if normed else 0, space + a.dv + at, dgx + at, dgh + at,
+                space + a.ms + (n + r) * hidden_row + at if projected else 0, count, zero,
+            )  # fmt: skip
+            store(old + at, load(old + at, zero) + direct)
         if beside.ln_ih_weight != 0:
             norms_backward(a, dgx, dgh, kept + (activations + beside.keeps_h) * slot, share, gates, separate, zero)
 
 
-@woven
-def reset_before_backward(a, t, n, first, rows, space, gates, zero):
-    """What goes by way of r * u: the gradient of r, and in du what reaches u."""
+@shared
+def reset_rows(address, t, n, first, rows, space, zero):
+    """What goes by way of r * u, whose gradient du holds: the gradient of r, and in du what reaches u."""
+    a = read_operands(address, OptionalBackward)
     lanes, item, hidden, outputs = vector_lanes(zero), item_bytes(zero), a.sizes.hidden, a.sizes.outputs
     h_row, gates_step = padded_bytes(outputs, zero), saved_step(a.sizes, a.gates, t)
-    last = (gates - 1) * hidden * item
-    for r in range(rows):
-        copy_in(space + a.du + r * h_row, 0, outputs, zero)
-    dgx = space + a.dgx + n * a.dg_row
-    product(rows, dgx + last, a.dg_row, a.last, hidden, outputs, space + a.du, h_row, zero)
     for r in range(rows):
         kept = space + a.kept + (n + r) * a.kept_row if a.recompute != 0 else gates_step + (first + r) * a.gates.row
+        dgx = space + a.dgx + (n + r) * a.dg_row
         for u in range(0, hidden, lanes):
             at, count = u * item, hidden - u
             du, met = space + a.du + r * h_row + at, space + a.us + (n + r) * h_row + at
-            of_u = reset_gate_backward(load(du, zero), kept + at, met, dgx + r * a.dg_row + at, count, zero)
-            store(du, of_u)
-            ru = load_part(kept + at, zero, count) * load(met, zero)
-            store(space + a.rus + (n + r) * h_row + at, ru)
+            store(du, reset_gate_backward(load(du, zero), kept + at, met, dgx + at, count, zero))
+            store(space + a.rus + (n + r) * h_row + at, load_part(kept + at, zero, count) * load(met, zero))
 
 
-@woven
-def leave_gradients(a, t, n, first, rows, space, gates, resets_before, zero):
+@shared
+def leave_gradients(address, t, first, rows, space, zero):
     """dh of the step before, and resets."""
+    a = read_operands(address, OptionalBackward)
     sizes, lanes, item = a.sizes, vector_lanes(zero), item_bytes(zero)
     hidden, outputs, mask = sizes.hidden, sizes.outputs, a.beside.recurrent_mask
     h_row, c_row = padded_bytes(outputs, zero), padded_bytes(hidden, zero)
-    if not resets_before:
-        for r in range(rows):
-            copy_in(space + a.du + r * h_row, 0, outputs, zero)
-    depth = (gates - 1 if resets_before else gates) * hidden
-    product(rows, space + a.dgh + n * a.dg_row, a.dg_row, a.w_hh, depth, outputs, space + a.du, h_row, zero)
     for r in range(rows):
         b, dh, dc = first + r, space + a.dh + r * h_row, space + a.dc + r * c_row
         du, old = space + a.du + r * h_row, space + a.old + r * h_row
@@ -339,6 +322,24 @@ def leave_gradients(a, t, n, first, rows, space, gates, resets_before, zero):
                 give_away(dc, reset_row(sizes, a.dreset_c, t, b), hidden, zero)
 
 
+@woven
+def backward_step(address, a, t, n, first, rows, share, space, activations, gates, separate, resets_before, cell, zero):
+    """Step t: from dh and dc to those of the step before."""
+    hidden, outputs = a.sizes.hidden, a.sizes.outputs
+    h_row, c_row, last = padded_bytes(outputs, zero), padded_bytes(hidden, zero), (gates - 1) * hidden
+    dgx, dgh, du = space + a.dgx + n * a.dg_row, space + a.dgh + n * a.dg_row, space + a.du
+    enter_gradients(address, t, n, rows, first, space, zero)
+    if a.w_hr.base != 0:
+        shared_product(rows, space + a.dh, h_row, a.w_hr, outputs, hidden, space + a.dm, c_row, zero)
+    backward_rows(address, t, n, first, rows, share, space, activations, gates, separate, cell, zero)
+    if resets_before:
+        shared_product(rows, dgx + last * item_bytes(zero), a.dg_row, a.last, hidden, outputs, du, h_row, zero)
+        reset_rows(address, t, n, first, rows, space, zero)
+    depth = last if resets_before else gates * hidden
+    shared_product(rows, dgh, a.dg_row, a.w_hh, depth, outputs, du, h_row, zero)
+    leave_gradients(address, t, first, rows, space, zero)
+
+
 @inlined
 def give_away(row, to, units, zero):
     """Adds a row to another, if there is one, and leaves zeros."""
@@ -350,9 +351,10 @@ def give_away(row, to, units, zero):
         store(row + at, broadcast(zero))
 
 
-@woven
-def optional_weight_gradients(a, rows, share, fresh, space, gates, resets_before, zero):
+@shared
+def optional_weight_gradients(address, rows, share, fresh, space, gates, resets_before, zero):
     """Adds what the rows of a chunk give to the gradients of weights and biases."""
+    a = read_operands(address, OptionalBackward)
     item, hidden, inputs, outputs = item_bytes(zero), a.sizes.hidden, a.sizes.inputs, a.sizes.outputs
     recurrent, x_row, h_row = gates * hidden, padded_bytes(inputs, zero), padded_bytes(outputs, zero)
     dgx, dgh, tile, row = space + a.dgx, space + a.dgh, space + a.tile, a.dg_row
@@ -376,13 +378,11 @@ def optional_weight_gradients(a, rows, share, fresh, space, gates, resets_before
             sum_rows(rows, dgh, row, recurrent, a.db_hh + share * recurrent * item, fresh, zero)
 
 
-@woven
-def optional_input_gradients(a, chunk, chunk_end, first, last, rows, space, gates, zero):
-    """dx of the rows of a chunk, by way of the rows of x, which nobody reads any more."""
+@shared
+def give_inputs(address, chunk, chunk_end, first, last, space, zero):
+    """dx of the rows of a chunk from the workspace, times the mask."""
+    a = read_operands(address, OptionalBackward)
     sizes, x_row, mask = a.sizes, padded_bytes(a.sizes.inputs, zero), a.beside.input_mask
-    for n in range(rows):
-        copy_in(space + a.xs + n * x_row, 0, sizes.inputs, zero)
-    product(rows, space + a.dgx, a.dg_row, a.w_ih, gates * sizes.hidden, sizes.inputs, space + a.xs, x_row, zero)
     n = 0
     for s in range(chunk_end - 1, chunk - 1, -1):
         t = step_order(sizes, s)
@@ -395,9 +395,21 @@ def optional_input_gradients(a, chunk, chunk_end, first, last, rows, space, gate
             n += 1
 
 
-@woven
-def start_optional_gradients(a, first, last, space, zero):
+@shared
+def optional_input_gradients(address, chunk, chunk_end, first, last, rows, space, gates, zero):
+    """dx of the rows of a chunk, by way of the rows of x, which nobody reads any more."""
+    a = read_operands(address, OptionalBackward)
+    sizes, x_row = a.sizes, padded_bytes(a.sizes.inputs, zero)
+    for n in range(rows):
+        copy_in(space + a.xs + n * x_row, 0, sizes.inputs, zero)
+    shared_product(rows, space + a.dgx, a.dg_row, a.w_ih, gates * sizes.hidden, sizes.inputs, space + a.xs, x_row, zero)
+    give_inputs(address, chunk, chunk_end, first, last, space, zero)
+
+
+@shared
+def start_optional_gradients(address, first, last, space, zero):
     """dh_n and dc_n, and the zeros that sums start from."""
+    a = read_operands(address, OptionalBackward)
     h_row, c_row = padded_bytes(a.sizes.outputs, zero), padded_bytes(a.sizes.hidden, zero)
     for j in range(MAX_VECTORS):
         store(space + a.tile + (j - MAX_VECTORS) * VECTOR_BYTES, broadcast(zero))
@@ -408,17 +420,19 @@ def start_optional_gradients(a, first, last, space, zero):
 
 
 @woven
-def optional_backward_sweep(a, first, last, share, activations, gates, separate, kind, forward_cell, cell, zero):
+def optional_backward_sweep(
+    address, first, last, share, activations, gates, separate, resets_before, forward_cell, cell, zero
+):
     """Sequences [first, last) back through all steps; from `activations` on, how many blocks of them a step keeps, the
     arguments are constants of the kernel."""
-    has_c, resets_before = kind
+    a = read_operands(address, OptionalBackward)
     sizes, space, fresh = a.sizes, a.workspace + share * a.workspace_bytes, True
     h_row, c_row = padded_bytes(sizes.outputs, zero), padded_bytes(sizes.hidden, zero)
     if a.recompute != 0:
         start_recurrence(a.step, a.beside, space, gates, separate, sizes.hidden, zero)
     for block in range(first, last, sizes.block):
         end = min(block + sizes.block, last)
-        start_optional_gradients(a, block, end, space, zero)
+        start_optional_gradients(address, block, end, space, zero)
         chunk_end = sizes.steps
         while chunk_end > 0:
             chunk = max(chunk_end - sizes.chunk, 0)
@@ -426,29 +440,30 @@ def optional_backward_sweep(a, first, last, share, activations, gates, separate,
             for s in range(chunk_end - 1, chunk - 1, -1):
                 t = step_order(sizes, s)
                 rows = rows_in(sizes, t, block, end)
-                meet(a, s, t, n, block, rows, space, zero)
+                meet(address, s, t, n, block, rows, space, zero)
                 n += rows
             if a.recompute != 0:
-                recompute(
-                    a, chunk, chunk_end, block, end, n, space, activations, gates, separate, kind, forward_cell, zero
+                input_products(a.step, a.beside, n, space + a.xs, space, gates, sizes, zero)
+                recurrent_products(
+                    a.step, a.beside, n, space + a.us, space + a.step.gx, space + a.step.gh, space, gates, separate,
+                    resets_before, sizes, zero,
+                )  # fmt: skip
+                recompute_rows(
+                    address, chunk, chunk_end, block, end, space, activations, gates, separate, forward_cell, zero
                 )
             n = 0
             for s in range(chunk_end - 1, chunk - 1, -1):
                 t = step_order(sizes, s)
                 rows = rows_in(sizes, t, block, end)
-                enter_gradients(a, t, n, rows, block, space, zero)
-                optional_backward_step(
-                    a, t, n, block, rows, share, space, activations, gates, separate, has_c, cell, zero
+                backward_step(
+                    address, a, t, n, block, rows, share, space, activations, gates, separate, resets_before, cell, zero
                 )
-                if resets_before:
-                    reset_before_backward(a, t, n, block, rows, space, gates, zero)
-                leave_gradients(a, t, n, block, rows, space, gates, resets_before, zero)
                 n += rows
             if n > 0:
-                optional_weight_gradients(a, n, share, fresh, space, gates, resets_before, zero)
+                optional_weight_gradients(address, n, share, fresh, space, gates, resets_before, zero)
                 fresh = False
                 if a.dx.base != 0:
-                    optional_input_gradients(a, chunk, chunk_end, block, end, n, space, gates, zero)
+                    optional_input_gradients(address, chunk, chunk_end, block, end, n, space, gates, zero)
             chunk_end = chunk
         for b in range(block, end):
             copy_out(state_row(sizes, a.dh0, b), space + a.dh + (b - block) * h_row, sizes.outputs, zero)

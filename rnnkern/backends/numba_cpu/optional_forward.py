@@ -1,14 +1,18 @@
-"""The forward sweep of a call that asks for more than the plain cell: masks, zoneout, resets, peepholes, LayerNorm, c of
-every step, and a GRU that resets before its last product. Its steps are in recurrence.py, all else is as in forward.py.
+"""The forward sweep of a call that asks for more than the plain cell: masks, zoneout, resets, peepholes, LayerNorm, c
+of every step, and a GRU that resets before its last product. Its products and cells are in recurrence.py, all else is
+as in forward.py.
 
 A step begins by putting the reset states in the place of the old ones, and with u = h times the recurrent mask; it ends
 with zoneout of h, after any projection.
+
+Its parts are compiled apart from the sweep, once for all cells, and are given the address of the operands.
 """
 
 from rnnkern.backends.numba_cpu.blocks import pack_units
 from rnnkern.backends.numba_cpu.forward import end_states, project, start_states
-from rnnkern.backends.numba_cpu.jit import inlined, woven
+from rnnkern.backends.numba_cpu.jit import inlined, shared, woven
 from rnnkern.backends.numba_cpu.lanes import load_byte, mix
+from rnnkern.backends.numba_cpu.operands import OptionalForward, read_operands
 from rnnkern.backends.numba_cpu.recurrence import (
     Row,
     input_products,
@@ -60,7 +64,7 @@ def times_mask(target, source, mask, units, zero):
         store(target + u * item, load(source + u * item, zero) * load_part(mask + u * item, zero, units - u))
 
 
-@woven
+@shared
 def gather_inputs(sizes, rows, mask, t, first, count, target, zero):
     """The inputs of `count` sequences at step t into a workspace, times their mask."""
     x_row, step = padded_bytes(sizes.inputs, zero), outer_step(sizes, rows, t)
@@ -71,9 +75,10 @@ def gather_inputs(sizes, rows, mask, t, first, count, target, zero):
             times_mask(into, into, state_row(sizes, mask, first + b), sizes.inputs, zero)
 
 
-@woven
-def enter_step(a, t, rows, first, h, space, zero):
+@shared
+def enter_step(address, t, rows, first, h, space, zero):
     """Resets the states of step t, and forms u where there is a mask."""
+    a = read_operands(address, OptionalForward)
     hidden, outputs = a.sizes.hidden, a.sizes.outputs
     h_row, c_row = padded_bytes(outputs, zero), padded_bytes(hidden, zero)
     for b in range(rows):
@@ -86,9 +91,10 @@ def enter_step(a, t, rows, first, h, space, zero):
             times_mask(space + a.u + b * h_row, h + b * h_row, mask, outputs, zero)
 
 
-@woven
-def leave_step(a, t, rows, first, h_old, h_new, zero):
+@shared
+def leave_step(address, t, rows, first, h_old, h_new, zero):
     """Zoneout of h, and y."""
+    a = read_operands(address, OptionalForward)
     outputs, lanes, item = a.sizes.outputs, vector_lanes(zero), item_bytes(zero)
     h_row, y_step, zone = padded_bytes(outputs, zero), outer_step(a.sizes, a.y, t), a.beside.zone_h
     zone_step = outer_step(a.sizes, zone, t)
@@ -113,24 +119,21 @@ def cells_row(sizes, beside, cells, t, b):
     return saved_step(sizes, cells, t) + b * cells.row
 
 
-@woven
-def optional_forward_step(a, t, n, rows, first, h_old, h_new, space, activations, gates, separate, kind, cell, zero):
-    """Step t of sequences first to first + rows, whose products gx are rows n and following of the chunk. `kind` is
-    (has_c, resets_before)."""
-    has_c, resets_before = kind
+@shared
+def forward_rows(address, t, n, rows, first, h_old, h_new, space, activations, gates, separate, cell, zero):
+    """The cell on the rows of step t, whose products gx are rows n and following of the chunk."""
+    a = read_operands(address, OptionalForward)
     sizes, beside, hidden = a.sizes, a.beside, a.sizes.hidden
     gate_row, h_row = padded_bytes(hidden, zero), padded_bytes(sizes.outputs, zero)
     g_row = gates * gate_row
-    gx, gh = space + a.step.gx + n * g_row, space + a.step.gh
-    u = space + a.u if beside.recurrent_mask.base != 0 else h_old
-    recurrent_products(a.step, beside, rows, u, gx, gh, space, gates, separate, resets_before, sizes, zero)
     gates_step, zone_step = saved_step(sizes, a.gates, t), outer_step(sizes, beside.zone_c, t)
-    out, out_row = (space + a.m, gate_row) if a.w_hr.base != 0 else (h_new, h_row)
+    projected = a.w_hr.base != 0
+    out, out_row = space + a.m if projected else h_new, gate_row if projected else h_row
     for r in range(rows):
         b = first + r
         row = Row(
-            gx + r * g_row,
-            gh + r * g_row,
+            space + a.step.gx + (n + r) * g_row,
+            space + a.step.gh + r * g_row,
             h_old + r * h_row,
             space + a.c + r * gate_row,
             outer_row(sizes, beside.zone_c, zone_step, b) if beside.zone_c.base != 0 else 0,
@@ -138,18 +141,17 @@ def optional_forward_step(a, t, n, rows, first, h_old, h_new, space, activations
             cells_row(sizes, beside, a.cells, t, b),
             out + r * out_row,
         )
-        row_forward(a.step, beside, row, activations, space, gates, separate, has_c, cell, hidden, zero)
-    if a.w_hr.base != 0:
-        project(a, t, rows, first, h_new, space, zero)
-    leave_step(a, t, rows, first, h_old, h_new, zero)
+        row_forward(a.step, beside, row, activations, space, gates, separate, cell, hidden, zero)
 
 
 @woven
-def optional_forward_sweep(a, first, last, share, activations, gates, separate, kind, cell, zero):
+def optional_forward_sweep(address, first, last, share, activations, gates, separate, resets_before, cell, zero):
     """Sequences [first, last) through all steps; from `activations` on, how many blocks of them a step keeps, the
     arguments are constants of the kernel."""
+    a = read_operands(address, OptionalForward)
     sizes, space = a.sizes, a.workspace + share * a.workspace_bytes
     x_row, h_row = padded_bytes(sizes.inputs, zero), padded_bytes(sizes.outputs, zero)
+    g_row = gates * padded_bytes(sizes.hidden, zero)
     start_recurrence(a.step, a.beside, space, gates, separate, sizes.hidden, zero)
     for block in range(first, last, sizes.block):
         end = min(block + sizes.block, last)
@@ -169,10 +171,16 @@ def optional_forward_sweep(a, first, last, share, activations, gates, separate, 
                 rows = rows_in(sizes, t, block, end)
                 h_old = space + a.h + (s % 2) * sizes.block * h_row
                 h_new = space + a.h + ((s + 1) % 2) * sizes.block * h_row
-                enter_step(a, t, rows, block, h_old, space, zero)
-                optional_forward_step(
-                    a, t, n, rows, block, h_old, h_new, space, activations, gates, separate, kind, cell, zero
+                enter_step(address, t, rows, block, h_old, space, zero)
+                gx, gh = space + a.step.gx + n * g_row, space + a.step.gh
+                u = space + a.u if a.beside.recurrent_mask.base != 0 else h_old
+                recurrent_products(
+                    a.step, a.beside, rows, u, gx, gh, space, gates, separate, resets_before, sizes, zero
                 )
+                forward_rows(address, t, n, rows, block, h_old, h_new, space, activations, gates, separate, cell, zero)
+                if a.w_hr.base != 0:
+                    project(a, t, rows, block, h_new, space, zero)
+                leave_step(address, t, rows, block, h_old, h_new, zero)
                 staying = rows_in(sizes, step_order(sizes, s + 1), block, end) if s + 1 < sizes.steps else 0
                 end_states(a, block, staying, rows, h_new, space, zero)
                 n += rows

@@ -21,91 +21,88 @@ def pack_for_optional_backward(address, gates, zero):
 
 @kernel
 def lstm_optional_forward(address, first, last, share, zero):
-    mode, a = flush_denormals(), read_operands(address, OptionalForward)
-    optional_forward_sweep(a, first, last, share, 4, 4, False, (True, False), cells.lstm_forward, zero)
+    mode = flush_denormals()
+    optional_forward_sweep(address, first, last, share, 4, 4, False, False, cells.lstm_optional_forward, zero)
     restore_mode(mode)
 
 
 @kernel
 def lstm_optional_backward(address, first, last, share, zero):
-    mode, a = flush_denormals(), read_operands(address, OptionalBackward)
+    mode = flush_denormals()
     optional_backward_sweep(
-        a, first, last, share, 4, 4, False, (True, False), cells.lstm_forward, cells.lstm_backward, zero
-    )
+        address, first, last, share, 4, 4, False, False, cells.lstm_optional_forward,
+        cells.lstm_optional_backward, zero,
+    )  # fmt: skip
     restore_mode(mode)
 
 
 @kernel
 def gru_optional_forward(address, first, last, share, zero):
-    mode, a = flush_denormals(), read_operands(address, OptionalForward)
-    optional_forward_sweep(a, first, last, share, 4, 3, True, (False, False), cells.gru_forward, zero)
+    mode = flush_denormals()
+    optional_forward_sweep(address, first, last, share, 4, 3, True, False, cells.gru_optional_forward, zero)
     restore_mode(mode)
 
 
 @kernel
 def gru_optional_backward(address, first, last, share, zero):
-    mode, a = flush_denormals(), read_operands(address, OptionalBackward)
+    mode = flush_denormals()
     optional_backward_sweep(
-        a, first, last, share, 4, 3, True, (False, False), cells.gru_forward, cells.gru_backward, zero
-    )
+        address, first, last, share, 4, 3, True, False, cells.gru_optional_forward,
+        cells.gru_optional_backward, zero,
+    )  # fmt: skip
     restore_mode(mode)
 
 
 @kernel
 def gru_reset_before_optional_forward(address, first, last, share, zero):
-    mode, a = flush_denormals(), read_operands(address, OptionalForward)
-    optional_forward_sweep(a, first, last, share, 3, 3, False, (False, True), cells.gru_reset_before_forward, zero)
+    mode = flush_denormals()
+    optional_forward_sweep(
+        address, first, last, share, 3, 3, False, True, cells.gru_reset_before_optional_forward, zero
+    )
     restore_mode(mode)
 
 
 @kernel
 def gru_reset_before_optional_backward(address, first, last, share, zero):
-    mode, a = flush_denormals(), read_operands(address, OptionalBackward)
+    mode = flush_denormals()
     optional_backward_sweep(
-        a,
-        first,
-        last,
-        share,
-        3,
-        3,
-        False,
-        (False, True),
-        cells.gru_reset_before_forward,
-        cells.gru_reset_before_backward,
-        zero,
-    )
+        address, first, last, share, 3, 3, False, True, cells.gru_reset_before_optional_forward,
+        cells.gru_reset_before_optional_backward, zero,
+    )  # fmt: skip
     restore_mode(mode)
 
 
 @kernel
 def rnn_tanh_optional_forward(address, first, last, share, zero):
-    mode, a = flush_denormals(), read_operands(address, OptionalForward)
-    optional_forward_sweep(a, first, last, share, 0, 1, False, (False, False), cells.rnn_tanh_forward, zero)
+    mode = flush_denormals()
+    optional_forward_sweep(address, first, last, share, 0, 1, False, False, cells.rnn_tanh_optional_forward, zero)
     restore_mode(mode)
 
 
 @kernel
 def rnn_tanh_optional_backward(address, first, last, share, zero):
-    mode, a = flush_denormals(), read_operands(address, OptionalBackward)
+    mode = flush_denormals()
     optional_backward_sweep(
-        a, first, last, share, 0, 1, False, (False, False), cells.rnn_tanh_forward, cells.rnn_tanh_backward, zero
-    )
+        address, first, last, share, 0, 1, False, False, cells.rnn_tanh_optional_forward,
+        cells.rnn_tanh_optional_backward, zero,
+    )  # fmt: skip
     restore_mode(mode)
 
 
 @kernel
 def rnn_relu_optional_forward(address, first, last, share, zero):
-    mode, a = flush_denormals(), read_operands(address, OptionalForward)
-    optional_forward_sweep(a, first, last, share, 0, 1, False, (False, False), cells.rnn_relu_forward, zero)
+    mode = flush_denormals()
+    optional_forward_sweep(address, first, last, share, 0, 1, False, False, cells.rnn_relu_optional_forward, zero)
     restore_mode(mode)
 
 
 @kernel
 def rnn_relu_optional_backward(address, first, last, share, zero):
-    mode, a = flush_denormals(), read_operands(address, OptionalBackward)
+    mode = flush_denormals()
     optional_backward_sweep(
-        a, first, last, share, 0, 1, False, (False, False), cells.rnn_relu_forward, cells.rnn_relu_backward, zero
-    )
+        address, first, last, share, 0, 1, False, False, cells.rnn_relu_optional_forward,
+        cells.rnn_relu_optional_backward, zero,
+    )  # fmt: skip
     restore_mode(mode)
 
 

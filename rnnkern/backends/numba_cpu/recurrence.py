@@ -13,10 +13,10 @@ the cell, since LayerNorm needs whole rows, and a GRU that resets before its las
 from typing import NamedTuple
 
 from rnnkern.backends.numba_cpu.blocks import pack_units
-from rnnkern.backends.numba_cpu.cells import lstm_optional_forward, reset_gate
+from rnnkern.backends.numba_cpu.cells import reset_gate
 from rnnkern.backends.numba_cpu.forward import gate_tile, load_bias, units_per_panel
 from rnnkern.backends.numba_cpu.gates import tanh
-from rnnkern.backends.numba_cpu.jit import inlined, woven
+from rnnkern.backends.numba_cpu.jit import inlined, shared, woven
 from rnnkern.backends.numba_cpu.lanes import over_root, row_squares, row_sum
 from rnnkern.backends.numba_cpu.sweep import padded_bytes, tile_height
 from rnnkern.backends.numba_cpu.tile import MAX_ROWS
@@ -46,6 +46,12 @@ class Row(NamedTuple):
     out: int  # (W)
 
 
+@inlined
+def behind(address, offset):
+    """An address further on; 0 stays 0, for what is not there."""
+    return address + offset if address != 0 else 0
+
+
 @woven
 def pack_recurrence(step, sizes, gates, zero):
     """Packs the weights of the forward products that have panels."""
@@ -58,7 +64,7 @@ def pack_recurrence(step, sizes, gates, zero):
         pack_units(step.last, 1, sizes.hidden, sizes.outputs, units_per_panel(1), zero)
 
 
-@woven
+@shared
 def start_recurrence(step, beside, space, gates, separate, hidden, zero):
     """The rows that products and norms start from."""
     normed = beside.ln_ih_weight != 0
@@ -86,12 +92,13 @@ def gate_product(weight, gates, units, depth, rows, x, x_row, c0, c0_row, c, c_r
             height = tile_height(rows - n, MAX_ROWS[tile_gates * width])
             gate_tile(
                 weight, tile_gates, units, depth, v, width, height, x + n * x_row, x_row,
-                c0 + n * c0_row + v * VECTOR_BYTES, c0_row, column, c + n * c_row + v * VECTOR_BYTES, c_row, column, zero,
+                c0 + n * c0_row + v * VECTOR_BYTES, c0_row, column,
+                c + n * c_row + v * VECTOR_BYTES, c_row, column, zero,
             )  # fmt: skip
             n += height
 
 
-@woven
+@shared
 def input_products(step, beside, rows, x, space, gates, sizes, zero):
     """gx of rows of x, without its bias if it is still to be normalised."""
     gx_row = gates * padded_bytes(sizes.hidden, zero)
@@ -102,30 +109,37 @@ def input_products(step, beside, rows, x, space, gates, sizes, zero):
     )
 
 
-@woven
+@shared
+def reset_gates(rows, gh, gh_row, u, ru, row, zero):
+    """The first part of a cell that resets before its last product."""
+    for r in range(rows):
+        for at in range(0, row, VECTOR_BYTES):
+            reset_gate(gh + r * gh_row + at, u + r * row + at, ru + r * row + at, zero)
+
+
+@shared
 def recurrent_products(step, beside, rows, u, gx, gh, space, gates, separate, resets_before, sizes, zero):
     """gh of rows of u, on top of gx where the cell adds the two."""
     hidden, outputs = sizes.hidden, sizes.outputs
     gate_row, u_row = padded_bytes(hidden, zero), padded_bytes(outputs, zero)
     g_row = gates * gate_row
     if beside.ln_hh_weight != 0:
-        gate_product(step.w_hh, gates, hidden, outputs, rows, u, u_row, space + step.nothing, 0, gh, g_row, gates, zero)
+        start, start_row = space + step.nothing, 0
     elif separate:
-        gate_product(step.w_hh, gates, hidden, outputs, rows, u, u_row, space + step.b_h, 0, gh, g_row, gates, zero)
-    elif resets_before:
-        gate_product(step.w_hh, gates, hidden, outputs, rows, u, u_row, gx, g_row, gh, g_row, gates - 1, zero)
-        for r in range(rows):
-            for at in range(0, gate_row, VECTOR_BYTES):
-                reset_gate(gh + r * g_row + at, u + r * u_row + at, space + step.ru + r * gate_row + at, zero)
-        last = (gates - 1) * gate_row
+        start, start_row = space + step.b_h, 0
+    else:
+        start, start_row = gx, g_row
+    first = gates - 1 if resets_before else gates
+    gate_product(step.w_hh, gates, hidden, outputs, rows, u, u_row, start, start_row, gh, g_row, first, zero)
+    if resets_before:
+        reset_gates(rows, gh, g_row, u, space + step.ru, gate_row, zero)
+        last = first * gate_row
         gate_product(
             step.last, 1, hidden, outputs, rows, space + step.ru, gate_row, gx + last, g_row, gh + last, g_row, 1, zero
         )
-    else:
-        gate_product(step.w_hh, gates, hidden, outputs, rows, u, u_row, gx, g_row, gh, g_row, gates, zero)
 
 
-@woven
+@shared
 def normalise(row, more, weight, bias, kept, gates, hidden, zero):
     """row (G, W) = LN(row) * weight + bias (+ more, where it is not 0); what the row was goes to `kept` (G, H)."""
     lanes, item, gate_row = vector_lanes(zero), item_bytes(zero), padded_bytes(hidden, zero)
@@ -144,7 +158,7 @@ def normalise(row, more, weight, bias, kept, gates, hidden, zero):
             store(row + at, after)
 
 
-@inlined
+@shared
 def normalised_outputs(beside, v, o, out, hidden, zero):
     """out = o * tanh(LN(v)), an LSTM's."""
     lanes, item = vector_lanes(zero), item_bytes(zero)
@@ -158,7 +172,7 @@ def normalised_outputs(beside, v, o, out, hidden, zero):
 
 
 @woven
-def row_forward(step, beside, row, activations, space, gates, separate, has_c, cell, hidden, zero):
+def row_forward(step, beside, row, activations, space, gates, separate, cell, hidden, zero):
     """The cell on a row whose products are there."""
     lanes, item, gate_row = vector_lanes(zero), item_bytes(zero), padded_bytes(hidden, zero)
     slot = hidden * item
@@ -171,15 +185,11 @@ def row_forward(step, beside, row, activations, space, gates, separate, has_c, c
     v = space + step.v if beside.ln_c_weight != 0 else 0
     for u in range(0, hidden, lanes):
         at, count = u * item, hidden - u
-        kept = row.kept + at if row.kept != 0 else 0
-        if has_c:
-            out = lstm_optional_forward(
-                row.gh + at, gate_row, kept, slot, row.cells + at if row.cells != 0 else 0, row.c + at,
-                beside.w_ch + at if beside.w_ch != 0 else 0, row.zone_c + u if row.zone_c != 0 else 0, beside.share_c,
-                v + at if v != 0 else 0, count, zero,
-            )  # fmt: skip
-        else:
-            out = cell(row.gx + at, gate_row, row.gh + at, gate_row, kept, slot, 0, 0, row.h + at, count, zero)
+        kept = behind(row.kept, at)
+        out = cell(
+            row.gx + at, gate_row, row.gh + at, gate_row, kept, slot, behind(row.cells, at), row.c + at, row.h + at,
+            behind(beside.w_ch, at), behind(row.zone_c, u), beside.share_c, behind(v, at), count, zero,
+        )  # fmt: skip
         if beside.keeps_h != 0 and kept != 0:
             store_part(kept, out, zero, count)
         store(row.out + at, out)
