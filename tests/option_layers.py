@@ -167,4 +167,4 @@ FULL: dict[str, Optional] = {
 }  # fmt: skip
 
 # The backends whose modules are tested with every option.
-OPTION_BACKENDS = ("reference",)
+OPTION_BACKENDS = ("numba", "reference")
