@@ -78,7 +78,7 @@ def test_nothing_is_written_past_a_buffer(cell: str, always_split: list[int]) ->
     assert guards.whole()
 
 
-class _GuardedSpace(plans._Space):
+class _GuardedSpace(plans.Space):
     """Leaves a gap behind each buffer of a workspace, and remembers where."""
 
     made: list["_GuardedSpace"] = []  # noqa: RUF012
@@ -113,7 +113,7 @@ def test_nothing_is_written_past_a_part_of_a_workspace(
     threads(4)
     pattern = 0x7FF8DEADBEEF0001  # a NaN
     checked: list[int] = []
-    ordinary = plans._Plan.run
+    ordinary = plans.Plan.run
 
     def run(plan: Any, kernel: Any, pack: Any, addresses: Any, alive: Any) -> None:
         workspace = alive[0].view(torch.int64).fill_(pattern)
@@ -125,7 +125,7 @@ def test_nothing_is_written_past_a_part_of_a_workspace(
             checked.append(gap)
 
     monkeypatch.setattr(plans, "_Space", _GuardedSpace)
-    monkeypatch.setattr(plans._Plan, "run", run)
+    monkeypatch.setattr(plans.Plan, "run", run)
     for layer in forms(cell):
         for constants in ({}, SMALL):
             with plan_constants(**constants):

@@ -67,13 +67,13 @@ def test_a_plan_fills_in_every_address_it_needs(cell: str, monkeypatch: pytest.M
     """What a plan leaves 0 is an address that the call fills in, or of a buffer that is not there; none is filled in
     twice."""
     made: list[Any] = []
-    run = plans._Plan.run
+    run = plans.Plan.run
 
     def spy(plan: Any, *rest: Any) -> None:
         made.append(plan)
         run(plan, *rest)
 
-    monkeypatch.setattr(plans._Plan, "run", spy)
+    monkeypatch.setattr(plans.Plan, "run", spy)
     for layer in layer_forms(cell):
         sweeps(layer)
     assert {type(plan) for plan in made} == {plans.ForwardPlan, plans.BackwardPlan}

@@ -30,15 +30,9 @@ def _prepared(layer: Layer) -> Layer:
     )
     if not layer.extras:
         return layer
-    return layer._replace(
-        extras=layer.extras._replace(
-            **{
-                name: readable(t)
-                for name, t in layer.extras._asdict().items()
-                if isinstance(t, Tensor) and name != "reset"
-            }
-        )
-    )
+    fields = layer.extras._asdict()
+    read: dict[str, Any] = {n: readable(t) for n, t in fields.items() if isinstance(t, Tensor) and n != "reset"}
+    return layer._replace(extras=layer.extras._replace(**read))
 
 
 def _named(layer: Layer) -> dict[str, Tensor | None]:
@@ -133,8 +127,8 @@ def backward(layer: Layer, saved: Saved, grads: Cotangents, needs: Needs) -> lis
     tensors |= {
         "dh0": torch.empty_like(layer.h0, memory_format=torch.contiguous_format),
         "dc0": None if layer.c0 is None else torch.empty_like(layer.c0, memory_format=torch.contiguous_format),
-        "dreset_h": torch.zeros_like(layer.extras.reset_h) if needs.reset_h else None,
-        "dreset_c": torch.zeros_like(layer.extras.reset_c) if needs.reset_c else None,
+        "dreset_h": _zeros(layer.extras.reset_h, needs.reset_h),
+        "dreset_c": _zeros(layer.extras.reset_c, needs.reset_c),
     }
     key = _strides(layer.x, layer.h0, layer.c0, *saved, *(t for w in layer.weights for t in w))
     cut = _plan(Cut, layer, key=key)
@@ -157,6 +151,11 @@ def backward(layer: Layer, saved: Saved, grads: Cotangents, needs: Needs) -> lis
         tensors["dreset_c"],
         *(_total(tensors[f"d{name}{d}"]) for d in range(len(layer.weights)) for name in WEIGHTS),
     ]
+
+
+def _zeros(like: Tensor | None, wanted: bool) -> Tensor | None:
+    """What the gradients of resets are added to, where they are wanted."""
+    return torch.zeros_like(like, memory_format=torch.contiguous_format) if wanted and like is not None else None
 
 
 def _input_gradient(tensors: dict[str, Tensor | None], directions: int) -> Tensor | None:

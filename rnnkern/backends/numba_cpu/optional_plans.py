@@ -1,6 +1,7 @@
 """The layout of calls that ask for more than the plain cell; plans.py has the plain ones, and what a plan is."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,7 +180,7 @@ class OptionalBackwardPlan(_OptionalPlan):
     def _panels(self, gates: int, units: int, depth: int) -> int:
         return gates * self.width(units) * depth
 
-    def _matrices(self, layer: Layer, d: int) -> dict[str, Matrix]:
+    def _matrices(self, layer: Layer, d: int) -> dict[str, Any]:
         """The weights of the backward products."""
         w, first = layer.weights[d], (self.gates - int(self.resets_before)) * self.hidden
         matrices = {
@@ -203,7 +204,7 @@ class OptionalBackwardPlan(_OptionalPlan):
         dgx, us = space.take(rows, dg_row), space.take(rows, outputs)
         masked = extras.recurrent_mask is not None
         kept_row = self.width(self.kept * self.hidden)
-        gradients = {f"d{name}": 0 for name in WEIGHTS}
+        gradients: dict[str, Any] = {f"d{name}": 0 for name in WEIGHTS}
         return OptionalBackward(
             sizes=self.sizes(d),
             x=self.rows("x", "x", layer.x),

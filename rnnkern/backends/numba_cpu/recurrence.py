@@ -15,22 +15,17 @@ from typing import NamedTuple
 from rnnkern.backends.numba_cpu.blocks import pack_units
 from rnnkern.backends.numba_cpu.cells import reset_gate
 from rnnkern.backends.numba_cpu.forward import gate_tile, load_bias, units_per_panel
-from rnnkern.backends.numba_cpu.gates import tanh
 from rnnkern.backends.numba_cpu.jit import inlined, shared, woven
-from rnnkern.backends.numba_cpu.lanes import over_root, row_squares, row_sum
+from rnnkern.backends.numba_cpu.norms import normalise, normalised_outputs
 from rnnkern.backends.numba_cpu.sweep import padded_bytes, tile_height
 from rnnkern.backends.numba_cpu.tile import MAX_ROWS
 from rnnkern.backends.numba_cpu.vector import (
     VECTOR_BYTES,
     item_bytes,
-    load,
-    load_part,
     store,
     store_part,
     vector_lanes,
 )
-
-EPSILON = 1e-5  # of LayerNorm
 
 
 class Row(NamedTuple):
@@ -137,38 +132,6 @@ def recurrent_products(step, beside, rows, u, gx, gh, space, gates, separate, re
         gate_product(
             step.last, 1, hidden, outputs, rows, space + step.ru, gate_row, gx + last, g_row, gh + last, g_row, 1, zero
         )
-
-
-@shared
-def normalise(row, more, weight, bias, kept, gates, hidden, zero):
-    """row (G, W) = LN(row) * weight + bias (+ more, where it is not 0); what the row was goes to `kept` (G, H)."""
-    lanes, item, gate_row = vector_lanes(zero), item_bytes(zero), padded_bytes(hidden, zero)
-    over_count = 1.0 / (gates * hidden)
-    mean = row_sum(row, gates, gate_row, hidden, zero) * over_count
-    over_sigma = over_root(row_squares(row, gates, gate_row, hidden, mean, zero) * over_count, EPSILON)
-    for gate in range(gates):
-        for u in range(0, hidden, lanes):
-            at = gate * gate_row + u * item
-            before = load(row + at, zero)
-            if kept != 0:
-                store_part(kept + (gate * hidden + u) * item, before, zero, hidden - u)
-            after = (before - mean) * over_sigma * load(weight + at, zero) + load(bias + at, zero)
-            if more != 0:
-                after = after + load(more + at, zero)
-            store(row + at, after)
-
-
-@shared
-def normalised_outputs(beside, v, o, out, hidden, zero):
-    """out = o * tanh(LN(v)), an LSTM's."""
-    lanes, item = vector_lanes(zero), item_bytes(zero)
-    mean = row_sum(v, 1, 0, hidden, zero) * (1.0 / hidden)
-    over_sigma = over_root(row_squares(v, 1, 0, hidden, mean, zero) * (1.0 / hidden), EPSILON)
-    for u in range(0, hidden, lanes):
-        at, count = u * item, hidden - u
-        weight, bias = load_part(beside.ln_c_weight + at, zero, count), load_part(beside.ln_c_bias + at, zero, count)
-        c = (load(v + at, zero) - mean) * over_sigma * weight + bias
-        store(out + at, load(o + at, zero) * tanh(c))
 
 
 @woven
