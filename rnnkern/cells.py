@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 from torch import Tensor
@@ -120,11 +121,24 @@ def own_weight_names(cell: CellSpec, peephole: bool, layer_norm: bool) -> list[s
     return weight_names(cell, False, False, peephole, layer_norm)[2:]
 
 
+def _place_of_fields() -> dict[tuple[bool, bool, bool, int], tuple[int | None, ...]]:
+    """For (has_c, peephole, layer_norm, number of weights): where in a list of weights each field of `Weights` is."""
+    found: dict[tuple[bool, bool, bool, int], tuple[int | None, ...]] = {}
+    for cell in CELLS.values():
+        for bias, projects, peephole, layer_norm in product((False, True), repeat=4):
+            names = weight_names(cell, bias, projects, peephole, layer_norm)
+            place = tuple(names.index(name) if name in names else None for name in Weights._fields)
+            found[cell.has_c, peephole, layer_norm, len(names)] = place
+    return found
+
+
+_PLACES = _place_of_fields()  # worked out once: every call asks several times
+
+
 def named_weights(cell: CellSpec, flat: Sequence[Tensor], peephole: bool = False, layer_norm: bool = False) -> Weights:
     """The weights of one direction from a list in the order of `Weights`, those that are missing left out."""
-    beside = len(flat) - 2 - len(own_weight_names(cell, peephole, layer_norm))
-    names = weight_names(cell, beside >= 2, bool(beside % 2), peephole, layer_norm)
-    return Weights(**dict(zip(names, flat, strict=True)))
+    place = _PLACES[cell.has_c, peephole, layer_norm, len(flat)]
+    return Weights(*[None if i is None else flat[i] for i in place])  # type: ignore[arg-type]
 
 
 def split_directions(

@@ -33,8 +33,8 @@ def operands(cell: CellSpec, given: "Operands", weights: tuple[Weights, ...]) ->
         )
     inputs, gates = x.shape[-1], len(cell.gates)
     hidden, outputs = weights[0].weight_hh.shape[0] // gates, weights[0].weight_hh.shape[1]
+    expected = tuple(weight_shapes(cell, inputs, hidden, outputs).values())
     for w in weights:
-        expected = weight_shapes(cell, inputs, hidden, outputs)
         if w.weight_hr is not None and not cell.has_c:
             raise RuntimeError(
                 f"weight_hr: only an LSTM can project its state, got {_shape(w.weight_hr)} for {cell.name}"
@@ -44,13 +44,14 @@ def operands(cell: CellSpec, given: "Operands", weights: tuple[Weights, ...]) ->
                 f"weight_hh: expected ({gates}*H, H) for {cell.name}, got {_shape(w.weight_hh)}; "
                 "with a projection give weight_hr too"
             )
-        for name, tensor in w._asdict().items():
-            if tensor is not None and _shape(tensor) != expected[name]:
+        for name, tensor, shape in zip(Weights._fields, w, expected, strict=True):
+            if tensor is None:
+                continue
+            if tensor.shape != shape:
                 raise RuntimeError(
-                    f"{name}: expected {expected[name]} beside weight_hh {_shape(w.weight_hh)}, got {_shape(tensor)}"
+                    f"{name}: expected {shape} beside weight_hh {_shape(w.weight_hh)}, got {_shape(tensor)}"
                 )
-            if tensor is not None:
-                _same_kind(name, tensor, x)
+            _same_kind(name, tensor, x)
     states = [("h0", h0, outputs)] + ([("c0", c0, hidden)] if c0 is not None else [])
     for name, state, units in states:
         batch = x.shape[1] if x.dim() == 3 else h0.shape[1]

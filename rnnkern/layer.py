@@ -97,8 +97,8 @@ class Results(NamedTuple):
 
 def prepare(settings: Settings, operands: Operands, as_given: bool = False) -> Layer:
     """A backend's view of the call (see `Backend.as_given`). Differentiable."""
-    directions = operands.h0.shape[0]
-    checks.operands(settings.spec, operands, settings.directions(operands.weights, directions))
+    weights = settings.directions(operands.weights, operands.h0.shape[0])
+    checks.operands(settings.spec, operands, weights)
     order, batch_sizes = None, operands.batch_sizes
     if operands.lengths is not None and not as_given:
         order, batch_sizes = sort_lengths(operands.lengths.cpu(), operands.x.shape[0])
@@ -106,15 +106,15 @@ def prepare(settings: Settings, operands: Operands, as_given: bool = False) -> L
         checks.batch_sizes(batch_sizes, rows=operands.x.shape[0], batch=operands.h0.shape[1])
     dtype = operands.x.dtype if as_given else compute_dtype(operands.x.dtype)
 
-    def given(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(dtype)
+    def given(tensor: Tensor | None) -> Any:
+        return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
     return Layer(
         cell=settings.spec,
-        x=operands.x.to(dtype),
-        h0=operands.h0.to(dtype),
+        x=given(operands.x),
+        h0=given(operands.h0),
         c0=given(operands.c0),
-        weights=settings.directions([w.to(dtype) for w in operands.weights], directions),
+        weights=tuple(w.map(given) for w in weights),
         batch_sizes=batch_sizes,
         order=order,
         lengths=operands.lengths if as_given else None,

@@ -14,7 +14,7 @@ from torch import Tensor
 from rnnkern import reference, shortcut
 from rnnkern.backends import Cotangents, Layer, Needs, States, numba_cpu
 from rnnkern.backends.numba_cpu import plans
-from rnnkern.cells import TORCH_CELLS, Weights
+from rnnkern.cells import CELLS, Weights
 from rnnkern.packing import sort_lengths
 
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -45,7 +45,7 @@ def random_layer(
 ) -> Layer:
     """A call of random operands; `outputs` gives it a projection, `batch_sizes` (falling, from `batch`) packed rows,
     `lengths` (of `batch` sequences) padded ones; weights are drawn from [-scale, scale]."""
-    spec, generator, units = TORCH_CELLS[cell], torch.Generator().manual_seed(seed), outputs or hidden
+    spec, generator, units = CELLS[cell], torch.Generator().manual_seed(seed), outputs or hidden
     recurrent = len(spec.gates) * hidden
 
     def draw(*shape: int) -> Tensor:
@@ -80,11 +80,11 @@ def layer_forms(cell: str, dtype: torch.dtype = torch.float64) -> list[Layer]:
     vectors = {
         "inputs": 16,
         "hidden": 32,
-        "outputs": 16 if TORCH_CELLS[cell].has_c else None,
+        "outputs": 16 if CELLS[cell].has_c else None,
     }  # whole ones on any machine
     whole = random_layer(cell, steps=3, batch=4, **vectors, scale=0.2, dtype=dtype, seed=5)  # type: ignore[arg-type]
     forms = [random_layer(cell, dtype=dtype), packed, lengths, whole]
-    if TORCH_CELLS[cell].has_c:
+    if CELLS[cell].has_c:
         forms.append(random_layer(cell, outputs=3, batch_sizes=[5, 3, 3], dtype=dtype, seed=2))
         some = [6, 3, 6, 1, 5]
         forms.append(random_layer(cell, outputs=4, hidden=6, steps=6, lengths=some, dtype=dtype, seed=4))
@@ -98,28 +98,26 @@ def all_needs(layer: Layer) -> Needs:
     return Needs(True, True, *optional, tuple(there))  # type: ignore[call-arg, arg-type]
 
 
-def random_gradients(states: States) -> Cotangents:
-    """Those of y, h_n and c_n for what a forward sweep gave."""
+def random_gradients(states: States, of_cells: bool = False) -> Cotangents:
+    """Those of y, h_n, c_n and, where asked, of c of every step, for what a forward sweep gave."""
     generator = torch.Generator().manual_seed(7)
-    dy, dh_n, dc_n = (
-        None if t is None else torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype)
-        for t in (states.y, states.h_n, states.c_n)
+    return Cotangents(states.y, states.h_n, states.c_n, states.cells if of_cells else None).map(
+        lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype)
     )
-    assert dy is not None
-    assert dh_n is not None
-    return Cotangents(dy, dh_n, dc_n)
 
 
 def sweeps(layer: Layer) -> Parts:
     """All that a forward and a backward sweep give: y, h_n, c_n, gates, cells, dx, dh0, dc0, gradients of weights."""
     states = numba_cpu.forward(layer, save=True)
-    return (*states, *numba_cpu.backward(layer, states.saved, random_gradients(states), all_needs(layer)))
+    grads = random_gradients(states, layer.extras.states)
+    return (*states, *numba_cpu.backward(layer, states.saved, grads, all_needs(layer)))
 
 
 def oracle(layer: Layer) -> Parts:
     """The same by the reference."""
     states = reference.forward(layer, save=True)
-    return (*states, *reference.backward(layer, states.saved, random_gradients(states), all_needs(layer)))
+    grads = random_gradients(states, layer.extras.states)
+    return (*states, *reference.backward(layer, states.saved, grads, all_needs(layer)))
 
 
 def but_weights(parts: Parts) -> Parts:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnkern.backends import Cotangents, Extras, Layer, States
+from rnnkern.backends import Extras, Layer
 from rnnkern.cells import CELLS, Weights, weight_names
 from rnnkern.packing import positions, sort_lengths
 
@@ -104,18 +104,6 @@ class Optional:
         )
         h0, c0 = draw(directions, self.B, outputs), draw(directions, self.B, self.H) if spec.has_c else None
         return Layer(spec, x, h0, c0, weights, batch_sizes, order, False, extras=extras)
-
-
-def all_gradients(layer: Layer, states: States) -> Cotangents:
-    """Random ones of everything that the layer gives."""
-    generator = torch.Generator().manual_seed(7)
-    cells = states.cells if layer.extras.states else None
-    y, h_n, c_n, of_cells = (
-        None if t is None else torch.randn(t.shape, dtype=torch.float64, generator=generator).to(t.dtype)
-        for t in (states.y, states.h_n, states.c_n, cells)
-    )
-    assert y is not None
-    return Cotangents(y, h_n, c_n, of_cells)
 
 
 # Each is a departure from the defaults of `Optional`.

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import rnnkern
-from rnnkern.cells import TORCH_CELLS
+from rnnkern.cells import CELLS, TORCH_CELLS
 from tests import host
 
 
@@ -71,7 +71,7 @@ def assert_close(actual: Outcome, expected: Outcome, dtype: torch.dtype, rival: 
 
 def layer_class(package: Any, cell: str) -> Any:
     """LSTM, GRU or RNN of torch.nn or rnnkern."""
-    return getattr(package, TORCH_CELLS[cell].mode.partition("_")[0])
+    return getattr(package, CELLS[cell].mode.partition("_")[0])
 
 
 def cell_class(package: Any, cell: str) -> Any:
@@ -81,7 +81,7 @@ def cell_class(package: Any, cell: str) -> Any:
 
 def nonlinearity(cell: str) -> dict[str, str]:
     """The constructor's argument that tells one plain RNN from another; empty for other cells."""
-    name = TORCH_CELLS[cell].mode.partition("_")[2].lower()
+    name = CELLS[cell].mode.partition("_")[2].lower()
     return {"nonlinearity": name} if name else {}
 
 

@@ -14,7 +14,7 @@ import rnnkern
 from rnnkern.backends import Cotangents, Layer, numba_cpu
 from rnnkern.backends.numba_cpu import plans
 from rnnkern.backends.numba_cpu.vector import VECTOR_BYTES
-from rnnkern.cells import TORCH_CELLS, Weights
+from rnnkern.cells import CELLS, TORCH_CELLS, Weights
 from tests.numba_support import (
     FORKS,
     LIMIT,
@@ -31,6 +31,7 @@ from tests.numba_support import (
     random_layer,
     sweeps,
 )
+from tests.option_layers import FULL
 from tests.tables import layer_class, nonlinearity
 
 # Few sequences at a time and few steps, so that every buffer of a block or chunk is filled to its end, and used again.
@@ -38,7 +39,7 @@ SMALL = {"MOST_SEQUENCES": 4, "CHUNK_ROWS": 9, "BACKWARD_CHUNK_ROWS": 10}
 
 
 def forms(cell: str) -> list[Layer]:
-    return [*layer_forms(cell), random_layer(cell, **ODD)]
+    return [*layer_forms(cell), random_layer(cell, **ODD), *(c.layer() for c in FULL.values() if c.cell == cell)]
 
 
 def train_thrice(cell: str, **options: Any) -> list[Tensor]:
@@ -55,7 +56,7 @@ def train_thrice(cell: str, **options: Any) -> list[Tensor]:
     return [y.detach(), inference, *(p.grad for p in module.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("cell", TORCH_CELLS)
+@pytest.mark.parametrize("cell", CELLS)
 def test_nothing_unwritten_is_read(cell: str, nan_buffers: None, always_split: list[int]) -> None:
     assert torch.zeros(1).new_empty(3).isnan().all()  # torch does fill what the backend allocates
     for layer in forms(cell):
@@ -64,7 +65,7 @@ def test_nothing_unwritten_is_read(cell: str, nan_buffers: None, always_split: l
             assert difference(sweeps(layer), oracle(layer)) < LIMIT[torch.float64]
 
 
-@pytest.mark.parametrize("cell", TORCH_CELLS)
+@pytest.mark.parametrize("cell", CELLS)
 def test_nothing_is_written_past_a_buffer(cell: str, always_split: list[int]) -> None:
     """Every buffer the backend asks for, results and workspaces, lies between guards."""
     wanted = [oracle(layer) for layer in forms(cell)]
@@ -106,7 +107,7 @@ def _gaps(plan: Any, spaces: list[_GuardedSpace]) -> Iterator[int]:
                 yield first + share * operands[names["workspace_bytes"]] + gap
 
 
-@pytest.mark.parametrize("cell", TORCH_CELLS)
+@pytest.mark.parametrize("cell", CELLS)
 def test_nothing_is_written_past_a_part_of_a_workspace(
     cell: str, threads: Callable[[int], None], always_split: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +125,7 @@ def test_nothing_is_written_past_a_part_of_a_workspace(
             assert (workspace[gap // 8 : (gap + VECTOR_BYTES) // 8] == pattern).all()
             checked.append(gap)
 
-    monkeypatch.setattr(plans, "_Space", _GuardedSpace)
+    monkeypatch.setattr(plans, "Space", _GuardedSpace)
     monkeypatch.setattr(plans.Plan, "run", run)
     for layer in forms(cell):
         for constants in ({}, SMALL):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rnnkern.backends import Layer, Saved, States
+from rnnkern.backends.numba_cpu import plans
 from rnnkern.backends.numba_cpu.operands import (
     Beside,
     Matrix,
@@ -15,7 +16,7 @@ from rnnkern.backends.numba_cpu.operands import (
     Recurrence,
     Rows,
 )
-from rnnkern.backends.numba_cpu.plans import BACKWARD_CHUNK_ROWS, CHUNK_ROWS, ROWS_IN_PLACE, WEIGHTS, Plan, Space
+from rnnkern.backends.numba_cpu.plans import WEIGHTS, Plan, Space
 from rnnkern.backends.numba_cpu.tile import MAX_ROWS, MAX_VECTORS
 from rnnkern.backends.numba_cpu.vector import VECTOR_BYTES
 
@@ -130,8 +131,8 @@ class OptionalForwardPlan(_OptionalPlan):
     operands = OptionalForward
 
     def __init__(self, layer: Layer, states: States) -> None:
-        super().__init__(layer, CHUNK_ROWS)
-        self.packs = self.total > ROWS_IN_PLACE
+        super().__init__(layer, plans.CHUNK_ROWS)
+        self.packs = self.total > plans.ROWS_IN_PLACE
         for d in range(len(layer.weights)):
             self.add_direction(self._direction(layer, states, d))
 
@@ -139,7 +140,7 @@ class OptionalForwardPlan(_OptionalPlan):
         return gates * self.width(units) * depth if self.packs else 0
 
     def _direction(self, layer: Layer, states: States, d: int) -> OptionalForward:
-        space, rows, w = Space(), self.chunk * self.block, layer.weights[d]
+        space, rows, w = plans.Space(), self.chunk * self.block, layer.weights[d]
         hidden, outputs = self.width(self.hidden), self.width(self.outputs)
         outer = layer.extras.states
         return OptionalForward(
@@ -172,7 +173,7 @@ class OptionalBackwardPlan(_OptionalPlan):
     operands = OptionalBackward
 
     def __init__(self, layer: Layer, saved: Saved, tensors: dict[str, Tensor | None]) -> None:
-        super().__init__(layer, BACKWARD_CHUNK_ROWS)
+        super().__init__(layer, plans.BACKWARD_CHUNK_ROWS)
         self.packs = True
         for d in range(len(layer.weights)):
             self.add_direction(self._direction(layer, saved, tensors, d))
@@ -195,7 +196,7 @@ class OptionalBackwardPlan(_OptionalPlan):
         return matrices
 
     def _direction(self, layer: Layer, saved: Saved, tensors: dict[str, Tensor | None], d: int) -> OptionalBackward:
-        space, rows, extras = Space(), self.chunk * self.block, layer.extras
+        space, rows, extras = plans.Space(), self.chunk * self.block, layer.extras
         inputs, hidden, outputs = self.width(self.inputs), self.width(self.hidden), self.width(self.outputs)
         for name in WEIGHTS:
             self.vector(f"d{name}", f"d{name}{d}", tensors[f"d{name}{d}"])
