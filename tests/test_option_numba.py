@@ -1,11 +1,14 @@
 """What torch.nn lacks, in the Numba sweeps, against the oracle."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from rnnkern import reference
-from rnnkern.backends import numba_cpu
+from rnnkern.backends import Layer, numba_cpu
 from rnnkern.cells import Weights
 from tests.numba_support import all_needs, random_gradients
 from tests.option_layers import FULL, optional_cases
@@ -39,3 +42,34 @@ def test_kernels_against_the_oracle(name: str) -> None:
     names = ("x", "h0", "c0", "reset_h", "reset_c", *Weights._fields * len(layer.weights))
     for part, own, theirs in zip(names, got, wanted, strict=True):
         check(f"d{part}", own, theirs, limit.gradient)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_single_precision(name: str) -> None:
+    """Everything at once in float32, against the oracle in float64 on the same numbers."""
+    limit = TOLERANCES[torch.float32]
+    layer = replace(FULL[name], dtype=torch.float32).layer()
+    exact = in_double(layer)
+    found, expected = numba_cpu.forward(layer, save=True), reference.forward(exact, save=True)
+    grads = random_gradients(expected, layer.extras.states).map(lambda t: t.float())
+    got = numba_cpu.backward(layer, found.saved, grads, all_needs(layer))
+    wanted = reference.backward(exact, expected.saved, grads.map(Tensor.double), all_needs(layer))
+    for part, own, theirs in zip(("y", "h_n", "c_n"), found, expected, strict=False):
+        check(part, own, theirs, limit.forward)
+    for i, (own, theirs) in enumerate(zip(got, wanted, strict=True)):
+        check(f"gradient {i}", own, theirs, limit.gradient)
+
+
+def in_double(layer: Layer) -> Layer:
+    """The same call in float64."""
+
+    def double(t: Any) -> Any:
+        return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+
+    return layer._replace(
+        x=layer.x.double(),
+        h0=layer.h0.double(),
+        c0=double(layer.c0),
+        weights=tuple(w.map(Tensor.double) for w in layer.weights),
+        extras=layer.extras._replace(**{name: double(t) for name, t in layer.extras._asdict().items()}),
+    )
