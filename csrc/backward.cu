@@ -1,109 +1,48 @@
-// The backward sweep of the general tier: any size, one launch a step (two with a projection), and one more at the end
-// for dh0.
+// The backward sweep of the general tier: any size, one launch a step (one more with a projection, and one with
+// LayerNorm), and one more at the end for dh0.
 //
 // Let s be the step that the forward sweep took after t. In the launch of step t a block takes a tile of sequences and
 // units, and forms
-//     dh = dgh[s] W_hh + direct[s] + dy[t]            for sequences that have step s
+//     dh' = mask * (dproduct[s] W_hh) + direct[s]     for sequences that have step s; if s is reset, of the reset state
+//     dh = dh' (or 0) + dy[t]                         for these
 //     dh = dh_n + dy[t]                               for those whose last step t is
 // the product by product.cuh with W_hh transposed, the rest where the sums are, in registers. There it goes on to the
-// cell:
-//     dgx[t], dgh[t], dc, direct[t] = cell backward(gates[t], c[t], h_prev, c_prev, dh, dc)
+// cell, past zoneout, which gives a part of dh straight to direct[t]:
+//     dgx[t], dgh[t], dc, direct[t] = cell backward(gates[t], h', c', dh, dc)
 // For sequences that have step s but not t, the first of the forward sweep was s, and dh is dh0. dc and direct are
-// changed in place, a number for each unit; dgh is written in rows of step t and read in rows of step s: no number is
-// read and written by two blocks of one launch.
+// changed in place, a number for each unit; dproduct, which is dgh without LayerNorm, is written in rows of step t and
+// read in rows of step s: no number is read and written by two blocks of one launch.
 //
-// With a projection h = W_hr u, the product above gives the gradient of the projected h, which the first launch keeps
+// With a projection h = W_hr m, the product above gives the gradient of the projected h, which the first launch keeps
 // as dh_projected[t]; the second forms
-//     du = dh_projected[t] W_hr
-// and goes on to the cell. What is left to torch are sums over all rows: dW_ih = dgx^T x, dW_hh = dgh^T h_prev, dW_hr =
-// dh_projected^T u, db = sums of dgx and dgh, and dx = dgx W_ih. For them the sweep gathers h_prev, what met W_hh, and
-// u.
-#include "cells.cuh"
-#include "launch.cuh"
+//     dm = dh_projected[t] W_hr
+// and goes on to the cell. With LayerNorm dh of the cell is kept in `arrived`, and the last launch goes on, a row a
+// block (layer_norm.cuh). What is left to torch are sums over all rows: dW_ih = dgx^T x, dW_hh = dproduct^T u, dW_hr =
+// dh_projected^T m, db = sums of dgx and dgh, and dx = dgx W_ih. For them the sweep gathers u, in rows called h_prev,
+// and m, `unprojected`.
+//
+// A call may be for a range of launches: what is carried (dh, dc) goes from one to the next through memory, and no
+// range reads rows of gradients that another one wrote.
+#include "layer_norm.cuh"
 
 namespace rnnkern {
 namespace {
 
-// dh of what a step gave, before its own dy: `sum` is that of the product. For a sequence that begins here, dh_n.
-template <class Precision>
-__device__ __forceinline__ typename Precision::Real dh_from_after(const Place& place, const BackwardSweep& sweep,
-                                                                  const Step& step, int64_t position, int64_t unit,
-                                                                  typename Precision::Real sum) {
-    using Element = typename Precision::Element;
-    using Real = typename Precision::Real;
-    const int64_t sequence = place.sequence(position), outputs = sweep.sizes.outputs;
-    if (place.has(step.before[place.direction], position)) {
-        return sweep.direct == nullptr
-                   ? sum
-                   : sum + place.state(static_cast<const Real*>(sweep.direct), sequence, outputs)[unit];
-    }
-    return sweep.dh_n == nullptr
-               ? Real(0)
-               : to_real(place.state(static_cast<const Element*>(sweep.dh_n), sequence, outputs)[unit]);
-}
-
-// Copies one number of what met W_hh, the output of the step after or h0, to the row of this step.
-template <class Precision>
-__device__ __forceinline__ void gather_h_prev(const Place& place, const BackwardSweep& sweep, const Step& step,
-                                              int64_t position, int64_t unit) {
-    using Element = typename Precision::Element;
-    const Moment &now = step.now[place.direction], &after = step.after[place.direction];
-    const int64_t sequence = place.sequence(position);
-    const Element* from = place.has(after, position)
-                              ? place.row<const Element>(sweep.y, after, sequence)
-                              : place.state(static_cast<const Element*>(sweep.h0), sequence, sweep.sizes.outputs);
-    place.row<Element>(sweep.h_prev, now, sequence)[unit] = from[unit];
-}
-
 // What a step's cell does backward to one unit of one sequence.
 template <class Precision, class Policy>
 __device__ __forceinline__ void unit_backward(const Place& place, const BackwardSweep& sweep, const Step& step,
-                                              int64_t position, int64_t unit, typename Precision::Real dh) {
-    using Element = typename Precision::Element;
-    using Real = typename Precision::Real;
-    const int64_t hidden = sweep.sizes.hidden, sequence = place.sequence(position);
-    const int d = place.direction;
-    const Moment &now = step.now[d], &after = step.after[d];
-    const bool begins = !place.has(after, position);  // with c0
-    Met<Real> met = {};
-    if (sweep.dh_projected.data == nullptr) {  // else the unit is none of h
-        met.h = to_real(place.row<Element>(sweep.y, now, sequence)[unit]);
-        met.h_prev = to_real(place.row<Element>(sweep.h_prev, now, sequence)[unit]);
-    }
-    Real saved[Policy::kSaved + 1], dgx[Policy::kGates], dgh[Policy::kGates], dc = 0, direct = 0;
-    if (Policy::kSaved > 0) {
-        const Real* gates = place.row<const Real>(sweep.gates, now, sequence) + unit;
-#pragma unroll
-        for (int block = 0; block < Policy::kSaved; ++block) saved[block] = gates[block * hidden];
-    }
-    if constexpr (Policy::kHasC) {
-        met.c = place.row<const Real>(sweep.cells, now, sequence)[unit];
-        met.c_prev = begins ? place.state(static_cast<const Real*>(sweep.c0), sequence, hidden)[unit]
-                            : place.row<const Real>(sweep.cells, after, sequence)[unit];
-        dc = place.state(static_cast<Real*>(sweep.dc), sequence, hidden)[unit];
-        if (sweep.unprojected.data != nullptr)
-            store(place.row<Element>(sweep.unprojected, now, sequence) + unit, Policy::output(saved, met.c));
-    }
-    Policy::backward(saved, met, dh, dc, direct, dgx, dgh);
-    if (Policy::kHasC) place.state(static_cast<Real*>(sweep.dc), sequence, hidden)[unit] = dc;
-    if (sweep.direct != nullptr) place.state(static_cast<Real*>(sweep.direct), sequence, hidden)[unit] = direct;
-    Element *to_dgx = place.row<Element>(sweep.dgx, now, sequence) + unit,
-            *to_dgh = place.row<Element>(sweep.dgh, now, sequence) + unit;
-#pragma unroll
-    for (int gate = 0; gate < Policy::kGates; ++gate) {
-        store(to_dgx + gate * hidden, dgx[gate]);
-        if (Policy::kSeparate) store(to_dgh + gate * hidden, dgh[gate]);
-    }
+                                              int64_t position, int64_t unit,
+                                              const Arrived<typename Precision::Real>& arrived) {
+    BackwardUnit<Precision, Policy> at(place, sweep, step, position, unit, arrived.h_prime);
+    at.template finish<typename Precision::Element>(at.through_output(Policy::inner(at.saved, at.around), arrived.dh),
+                                                    arrived.straight);
 }
 
-// Rows of dgh in the step before, what the product of a launch goes over; null where a sequence has no such step.
-template <class Precision>
-__device__ __forceinline__ const typename Precision::Element* dgh_before(const Place& place, const BackwardSweep& sweep,
-                                                                         const Step& step, int64_t position) {
-    const Moment& before = step.before[place.direction];
-    return place.has(before, position)
-               ? place.row<const typename Precision::Element>(sweep.dgh, before, place.sequence(position))
-               : nullptr;
+// Keeps dh of the cell for the launch that goes on.
+template <class Real>
+__device__ __forceinline__ void keep_arrived(const Place& place, const BackwardSweep& sweep, int64_t position,
+                                             int64_t unit, Real dh) {
+    place.state(static_cast<Real*>(sweep.arrived), place.sequence(position), sweep.sizes.hidden)[unit] = dh;
 }
 
 // The first launch of a step, the only one without a projection: goes over the outputs, which are the units then.
@@ -122,27 +61,29 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach)
     OwnTile tile;
     Product<OwnTile, 1>::run(
         tile, shared, step.first ? 0 : depth, aligned, weight,
-        [&](int row) { return dgh_before<Precision>(place, sweep, step, place.first_position + row); },
+        [&](int row) { return dproduct_before<Precision>(place, sweep, step, place.first_position + row); },
         [&](int, int unit) {
             const int64_t u = place.first_unit + unit;
             return u < outputs ? weight + u * depth : nullptr;
         });
-    tile.each([&](int row, int unit, const Real* sums) {
+    Product<OwnTile, 1>::each(tile, shared, [&](int row, int unit, const Real* sums) {
         const int64_t position = place.first_position + row, u = place.first_unit + unit;
-        const bool has_now = place.has(now, position);
-        if (u >= outputs || !(has_now || place.has(before, position))) return;
-        const int64_t sequence = place.sequence(position);
-        Real dh = dh_from_after<Precision>(place, sweep, step, position, u, sums[0]);
-        if (!has_now) {
-            store(place.state(static_cast<Element*>(sweep.dh0), sequence, outputs) + u, dh);
+        Arrived<Real> arrived;
+        if (u >= outputs || !(place.has(now, position) || place.has(before, position)) ||
+            !arrive<Precision>(place, sweep, step, position, u, sums[0], arrived))
+            return;
+        const bool projected = sweep.dh_projected.data != nullptr;
+        if (!projected && sweep.arrived == nullptr) {
+            unit_backward<Precision, Policy>(place, sweep, step, position, u, arrived);
             return;
         }
-        gather_h_prev<Precision>(place, sweep, step, position, u);
-        if (sweep.dy.data != nullptr) dh += to_real(place.row<const Element>(sweep.dy, now, sequence)[u]);
-        if (sweep.dh_projected.data != nullptr) {
-            store(place.row<Element>(sweep.dh_projected, now, sequence) + u, dh);
+        const int64_t sequence = place.sequence(position);
+        if (sweep.direct != nullptr)
+            place.state(static_cast<Real*>(sweep.direct), sequence, outputs)[u] = arrived.straight;
+        if (projected) {
+            store(place.row<Element>(sweep.dh_projected, now, sequence) + u, arrived.dh);
         } else {
-            unit_backward<Precision, Policy>(place, sweep, step, position, u, dh);
+            keep_arrived(place, sweep, position, u, arrived.dh);
         }
     });
 }
@@ -174,10 +115,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach)
             const int64_t u = place.first_unit + unit;
             return u < hidden ? weight + u * outputs : nullptr;
         });
-    tile.each([&](int row, int unit, const Real* sums) {
+    Product<OwnTile, 1>::each(tile, shared, [&](int row, int unit, const Real* sums) {
         const int64_t position = place.first_position + row, u = place.first_unit + unit;
-        if (u < hidden && place.has(now, position))
-            unit_backward<Precision, Policy>(place, sweep, step, position, u, sums[0]);
+        if (u >= hidden || !place.has(now, position)) return;
+        if (sweep.arrived != nullptr) {
+            keep_arrived(place, sweep, position, u, sums[0]);
+        } else {
+            unit_backward<Precision, Policy>(place, sweep, step, position, u, {sums[0], 0, 0});
+        }
     });
 }
 
@@ -190,7 +135,7 @@ template <class Element>
 Alignment alignment(const BackwardSweep& sweep, int64_t depth) {
     constexpr int64_t kSize = sizeof(Element);
     Alignment found;
-    found.recurrent = aligned_rows(sweep.dgh, kSize, depth);
+    found.recurrent = aligned_rows(sweep.dproduct, kSize, depth);
     if (sweep.dh_projected.data != nullptr)
         found.projection = aligned_rows(sweep.dh_projected, kSize, sweep.sizes.outputs);
     for (int d = 0; d < sweep.sizes.directions; ++d) {
@@ -213,17 +158,20 @@ Failure sweep_backward(const BackwardSweep& sweep, void* stream) {
     launch.allow("backward_step", first, kBytes);
     if constexpr (Policy::kHasC)
         launch.allow("backward_projected_step", backward_projected_step<Precision, Policy, kLarge>, kBytes);
-    for (int64_t n = 0; n <= sizes.steps; ++n) {
-        const Step step = steps.at(n, true);
+    for (int64_t n = sweep.begin; n <= sweep.end; ++n) {
+        const Step step = steps.of_range(n, sweep.begin, sweep.end);
         const int64_t positions = steps.most(step);
         launch("backward_step", first, kBytes, sizes, positions, Tile::kRows, sizes.outputs, Tile::kUnits, sweep, step,
                aligned.recurrent);
         if constexpr (Policy::kHasC) {  // no other cell has a projection
-            if (!projected || n == sizes.steps) continue;
             const auto second = backward_projected_step<Precision, Policy, kLarge>;
-            launch("backward_projected_step", second, kBytes, sizes, positions, Tile::kRows, sizes.hidden, Tile::kUnits,
-                   sweep, step, aligned.projection);
+            if (projected && n < sweep.end)
+                launch("backward_projected_step", second, kBytes, sizes, positions, Tile::kRows, sizes.hidden,
+                       Tile::kUnits, sweep, step, aligned.projection);
         }
+        if (sweep.arrived != nullptr && n < sweep.end)
+            launch("backward_norms", backward_norms<Precision, Policy>, kNormBytes, sizes, positions, 1, 1, 1, sweep,
+                   step);
     }
     return launch.failure();
 }
@@ -232,6 +180,7 @@ Failure sweep_backward(const BackwardSweep& sweep, void* stream) {
 
 template <class Precision>
 Failure backward(const BackwardSweep& sweep, const char* cell, Tile tile, void* stream) {
+    if (std::strcmp(cell, kResetBefore) == 0) return backward_reset_before<Precision>(sweep, tile, stream);
     Failure failure = {cudaErrorInvalidValue, "of no such cell", 0};
     with_cell<typename Precision::Real>(cell, [&](auto policy) {
         using Policy = decltype(policy);

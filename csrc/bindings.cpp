@@ -106,17 +106,41 @@ Sizes sizes_of(const std::array<std::int64_t, 5>& given) {
     return {given[0], given[1], given[2], given[3], given[4]};
 }
 
+Extras extras_of(Address recurrent_mask, const Layout& zone_mask_h, const Layout& zone_mask_c, double zoneout_h,
+                 double zoneout_c, Address reset, const Layout& reset_h, const Layout& reset_c,
+                 const Addresses& weight_ch, const Addresses& ln_hh_weight, const Addresses& ln_hh_bias,
+                 const Addresses& ln_c_weight, const Addresses& ln_c_bias) {
+    Extras extras = {};
+    extras.recurrent_mask = pointer(recurrent_mask);
+    extras.zone_mask_h = rows(zone_mask_h);
+    extras.zone_mask_c = rows(zone_mask_c);
+    extras.zoneout_h = zoneout_h;
+    extras.zoneout_c = zoneout_c;
+    extras.reset = static_cast<const bool*>(pointer(reset));
+    extras.reset_h = rows(reset_h);
+    extras.reset_c = rows(reset_c);
+    of_directions(weight_ch, extras.weight_ch);
+    of_directions(ln_hh_weight, extras.ln_hh_weight);
+    of_directions(ln_hh_bias, extras.ln_hh_bias);
+    of_directions(ln_c_weight, extras.ln_c_weight);
+    of_directions(ln_c_bias, extras.ln_c_bias);
+    return extras;
+}
+
 void run_forward(const Call& call, const std::array<std::int64_t, 5>& sizes, Address lengths, Address order,
                  Address counts, const Layout& gx, const Layout& gates, const Layout& cells, const Layout& y,
                  const Addresses& weight_hh, const Addresses& weight_hr, const Addresses& bias_ih,
-                 const Addresses& bias_hh, Address h0, Address h_n, Address c, Address unprojected) {
+                 const Addresses& bias_hh, Address h0, Address h_n, Address c, Address unprojected,
+                 const Extras& extras, const Layout& gh, Address u, Address reset_u, Address inner) {
     ForwardSweep sweep = {};
     sweep.sizes = sizes_of(sizes);
     sweep.sequences = {integers(lengths), integers(order), integers(counts)};
+    sweep.extras = extras;
     sweep.gx = rows(gx);
     sweep.gates = rows(gates);
     sweep.cells = rows(cells);
     sweep.y = rows(y);
+    sweep.gh = rows(gh);
     of_directions(weight_hh, sweep.weight_hh);
     of_directions(weight_hr, sweep.weight_hr);
     of_directions(bias_ih, sweep.bias_ih);
@@ -125,34 +149,61 @@ void run_forward(const Call& call, const std::array<std::int64_t, 5>& sizes, Add
     sweep.h_n = pointer(h_n);
     sweep.c = pointer(c);
     sweep.unprojected = pointer(unprojected);
+    sweep.u = pointer(u);
+    sweep.reset_u = pointer(reset_u);
+    sweep.inner = pointer(inner);
     run(kPrecisions.at(call.precision).first, sweep, call);
 }
 
+// Rows by the names of their fields in BackwardSweep; those that are not named are not there.
+void name_rows(const std::map<std::string, Layout>& named, BackwardSweep& sweep) {
+    const std::pair<const char*, Rows*> fields[] = {
+        {"gates", &sweep.gates},
+        {"cells", &sweep.cells},
+        {"y", &sweep.y},
+        {"gh", &sweep.gh},
+        {"dy", &sweep.dy},
+        {"dcells", &sweep.dcells},
+        {"dgx", &sweep.dgx},
+        {"dgh", &sweep.dgh},
+        {"dproduct", &sweep.dproduct},
+        {"dinner", &sweep.dinner},
+        {"h_prev", &sweep.h_prev},
+        {"dh_projected", &sweep.dh_projected},
+        {"dreset_h", &sweep.dreset_h},
+        {"unprojected", &sweep.unprojected},
+        {"dreset_c", &sweep.dreset_c},
+    };
+    std::size_t known = 0;
+    for (const auto& [name, field] : fields) {
+        const auto found = named.find(name);
+        if (found == named.end()) continue;
+        *field = rows(found->second);
+        ++known;
+    }
+    if (known != named.size()) throw std::invalid_argument("rows: expected names of fields of BackwardSweep");
+}
+
 void run_backward(const Call& call, const std::array<std::int64_t, 5>& sizes, Address lengths, Address order,
-                  Address counts, const Layout& gates, const Layout& cells, const Layout& y, const Layout& dy,
-                  const Layout& dgx, const Layout& dgh, const Layout& h_prev, const Layout& dh_projected,
-                  const Layout& unprojected, const Addresses& weight_hh_t, const Addresses& weight_hr_t, Address h0,
-                  Address c0, Address dh_n, Address dh0, Address dc, Address direct) {
+                  Address counts, const std::array<std::int64_t, 2>& range, const std::map<std::string, Layout>& rows,
+                  const Addresses& weight_hh_t, const Addresses& weight_hr_t, Address h0, Address c0, Address dh,
+                  Address dc, Address direct, Address arrived, Address inner, const Extras& extras) {
     BackwardSweep sweep = {};
     sweep.sizes = sizes_of(sizes);
     sweep.sequences = {integers(lengths), integers(order), integers(counts)};
-    sweep.gates = rows(gates);
-    sweep.cells = rows(cells);
-    sweep.y = rows(y);
-    sweep.dy = rows(dy);
-    sweep.dgx = rows(dgx);
-    sweep.dgh = rows(dgh);
-    sweep.h_prev = rows(h_prev);
-    sweep.dh_projected = rows(dh_projected);
-    sweep.unprojected = rows(unprojected);
+    sweep.extras = extras;
+    sweep.begin = range[0];
+    sweep.end = range[1];
+    name_rows(rows, sweep);
     of_directions(weight_hh_t, sweep.weight_hh_t);
     of_directions(weight_hr_t, sweep.weight_hr_t);
     sweep.h0 = pointer(h0);
     sweep.c0 = pointer(c0);
-    sweep.dh_n = pointer(dh_n);
-    sweep.dh0 = pointer(dh0);
+    sweep.dh = pointer(dh);
     sweep.dc = pointer(dc);
     sweep.direct = pointer(direct);
+    sweep.arrived = pointer(arrived);
+    sweep.inner = pointer(inner);
     run(kPrecisions.at(call.precision).second, sweep, call);
 }
 
@@ -172,12 +223,20 @@ PYBIND11_MODULE(RNNKERN_MODULE, module) {
     py::class_<Call>(module, "Call")
         .def(py::init<std::string, std::string, std::string, int, Address>(), "cell"_a, "precision"_a, "tile"_a,
              "device"_a, "stream"_a);
+    const Addresses nowhere;
+    const Layout nothing = {};
+    py::class_<Extras>(module, "Extras")
+        .def(py::init(&extras_of), py::kw_only(), "recurrent_mask"_a = 0, "zone_mask_h"_a = nothing,
+             "zone_mask_c"_a = nothing, "zoneout_h"_a = 0.0, "zoneout_c"_a = 0.0, "reset"_a = 0, "reset_h"_a = nothing,
+             "reset_c"_a = nothing, "weight_ch"_a = nowhere, "ln_hh_weight"_a = nowhere, "ln_hh_bias"_a = nowhere,
+             "ln_c_weight"_a = nowhere, "ln_c_bias"_a = nowhere);
     module.def("forward", run_forward, "call"_a, py::kw_only(), "sizes"_a, "lengths"_a, "order"_a, "counts"_a, "gx"_a,
                "gates"_a, "cells"_a, "y"_a, "weight_hh"_a, "weight_hr"_a, "bias_ih"_a, "bias_hh"_a, "h0"_a, "h_n"_a,
-               "c"_a, "unprojected"_a);
+               "c"_a, "unprojected"_a, "extras"_a = Extras{}, "gh"_a = nothing, "u"_a = 0, "reset_u"_a = 0,
+               "inner"_a = 0);
     module.def("backward", run_backward, "call"_a, py::kw_only(), "sizes"_a, "lengths"_a, "order"_a, "counts"_a,
-               "gates"_a, "cells"_a, "y"_a, "dy"_a, "dgx"_a, "dgh"_a, "h_prev"_a, "dh_projected"_a, "unprojected"_a,
-               "weight_hh_t"_a, "weight_hr_t"_a, "h0"_a, "c0"_a, "dh_n"_a, "dh0"_a, "dc"_a, "direct"_a);
+               "range"_a, "rows"_a, "weight_hh_t"_a, "weight_hr_t"_a, "h0"_a, "c0"_a, "dh"_a, "dc"_a, "direct"_a,
+               "arrived"_a, "inner"_a, "extras"_a);
     module.def("selftest", run_selftest, "name"_a, "input"_a, "output"_a, "stream"_a);
     module.attr("CUDART_VERSION") = CUDART_VERSION;
 #ifdef RNNKERN_HOST

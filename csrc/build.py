@@ -30,7 +30,7 @@ SOURCE = Path(__file__).resolve().parent
 ROOT = SOURCE.parent
 
 PRECISIONS = ("float32", "float64", "tf32", "bfloat16", "float16")
-SWEEPS = ("backward", "forward")  # compiled once for every precision, in parallel; what takes longest comes first
+SWEEPS = ("backward", "forward", "reset_before")  # compiled once for every precision; what takes longest comes first
 OTHER_KERNELS = ("selftest",)
 
 # sm_90a runs on every GPU of 9.0, and on no newer one: those compile the PTX, which does without what only 9.0 has.

@@ -8,60 +8,14 @@
 // unit, and changed in place; gates go where gx was. So nothing is read and written by two blocks of one launch. With a
 // projection h goes to `unprojected`, and the second launch writes
 //     y = h W_hr^T.
-#include "cells.cuh"
-#include "launch.cuh"
+//
+// With LayerNorm the first launch leaves gh, and a second one goes on to the cell, a row a block (layer_norm.cuh). With
+// resets or a recurrent mask it is u, not h_prev, that meets W_hh: a buffer of its own, of which a launch reads one
+// half and writes the other (forward_unit.cuh).
+#include "layer_norm.cuh"
 
 namespace rnnkern {
 namespace {
-
-template <class Precision>
-__device__ __forceinline__ const typename Precision::Element* h_before(const Place& place, const ForwardSweep& sweep,
-                                                                       const Step& step, int64_t position) {
-    using Element = typename Precision::Element;
-    const Moment& before = step.before[place.direction];
-    const int64_t sequence = place.sequence(position);
-    if (place.has(before, position)) return place.row<Element>(sweep.y, before, sequence);
-    return place.state(static_cast<const Element*>(sweep.h0), sequence, sweep.sizes.outputs);
-}
-
-// What a step's cell does to one unit of one sequence; `sums` are those of W_hh, a number a gate.
-template <class Precision, class Policy>
-__device__ __forceinline__ void unit_forward(const Place& place, const ForwardSweep& sweep, const Step& step,
-                                             int64_t position, int64_t unit, const typename Precision::Real* sums) {
-    using Element = typename Precision::Element;
-    using Real = typename Precision::Real;
-    const int64_t hidden = sweep.sizes.hidden, sequence = place.sequence(position);
-    const int d = place.direction;
-    const Moment& now = step.now[d];
-    const Real* from = place.row<const Real>(sweep.gx, now, sequence) + unit;
-    const Element *bias_ih = static_cast<const Element*>(sweep.bias_ih[d]),
-                  *bias_hh = static_cast<const Element*>(sweep.bias_hh[d]);
-    Real gx[Policy::kGates], gh[Policy::kGates];
-#pragma unroll
-    for (int gate = 0; gate < Policy::kGates; ++gate) {
-        gx[gate] = from[gate * hidden] + (bias_ih == nullptr ? Real(0) : to_real(bias_ih[gate * hidden + unit]));
-        gh[gate] = sums[gate] + (bias_hh == nullptr ? Real(0) : to_real(bias_hh[gate * hidden + unit]));
-    }
-    const bool projected = sweep.unprojected != nullptr;
-    const Real h_prev = projected ? Real(0) : to_real(h_before<Precision>(place, sweep, step, position)[unit]);
-    Real* carried = Policy::kHasC ? place.state(static_cast<Real*>(sweep.c), sequence, hidden) + unit : nullptr;
-    Real c = Policy::kHasC ? *carried : Real(0), saved[Policy::kSaved + 1];
-    const Real h = Policy::forward(gx, gh, h_prev, c, saved);
-    if (Policy::kHasC) *carried = c;
-    if (sweep.cells.data != nullptr) place.row<Real>(sweep.cells, now, sequence)[unit] = c;
-    if (sweep.gates.data != nullptr) {
-        Real* gates = place.row<Real>(sweep.gates, now, sequence) + unit;
-#pragma unroll
-        for (int block = 0; block < Policy::kSaved; ++block) gates[block * hidden] = saved[block];
-    }
-    if (projected) {
-        store(place.state(static_cast<Element*>(sweep.unprojected), sequence, hidden) + unit, h);
-        return;
-    }
-    store(place.row<Element>(sweep.y, now, sequence) + unit, h);
-    if (!place.has(step.after[d], position))
-        store(place.state(static_cast<Element*>(sweep.h_n), sequence, hidden) + unit, h);
-}
 
 template <class Precision, class Policy, bool kLarge>
 __global__ void __launch_bounds__(kThreads, kBlocksEach)
@@ -81,16 +35,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach)
         tile, shared, outputs, aligned, weight,
         [&](int row) {
             const int64_t position = place.first_position + row;
-            return place.has(now, position) ? h_before<Precision>(place, sweep, step, position) : nullptr;
+            return place.has(now, position) ? u_row<Precision>(place, sweep, step, position) : nullptr;
         },
         [&](int gate, int unit) {
             const int64_t u = place.first_unit + unit;
             return u < hidden ? weight + (gate * hidden + u) * outputs : nullptr;
         });
-    tile.each([&](int row, int unit, const Real* sums) {
+    OwnProduct::each(tile, shared, [&](int row, int unit, const Real* sums) {
         const int64_t position = place.first_position + row, u = place.first_unit + unit;
-        if (u < hidden && place.has(now, position))
-            unit_forward<Precision, Policy>(place, sweep, step, position, u, sums);
+        if (u >= hidden || !place.has(now, position)) return;
+        if (sweep.gh.data != nullptr) {
+            Real* to = place.row<Real>(sweep.gh, now, place.sequence(position)) + u;
+#pragma unroll
+            for (int gate = 0; gate < Policy::kGates; ++gate) to[gate * hidden] = sums[gate];
+            return;
+        }
+        Real saved[kKept<Policy>];
+        const Real v = unit_forward<Precision, Policy>(place, sweep, step, position, u, sums, saved);
+        hand_on<Precision>(place, sweep, step, position, u, Policy::output(saved, v));
     });
 }
 
@@ -103,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach)
     using OwnTile = typename TileOf<Precision, 1, kLarge>::Type;
     RNNKERN_DYNAMIC_SHARED(shared);
     const Place place(sweep.sizes, sweep.sequences, OwnTile::kRows, OwnTile::kUnits);
-    const Moment &now = step.now[place.direction], &after = step.after[place.direction];
+    const Moment& now = step.now[place.direction];
     if (!place.has(now, place.first_position)) return;
     const int64_t hidden = sweep.sizes.hidden, outputs = sweep.sizes.outputs;
     const Element* weight = static_cast<const Element*>(sweep.weight_hr[place.direction]);
@@ -119,13 +81,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksEach)
             const int64_t u = place.first_unit + unit;
             return u < outputs ? weight + u * hidden : nullptr;
         });
-    tile.each([&](int row, int unit, const Real* sums) {
+    Product<OwnTile, 1>::each(tile, shared, [&](int row, int unit, const Real* sums) {
         const int64_t position = place.first_position + row, u = place.first_unit + unit;
-        if (u >= outputs || !place.has(now, position)) return;
-        const int64_t sequence = place.sequence(position);
-        store(place.row<Element>(sweep.y, now, sequence) + u, sums[0]);
-        if (!place.has(after, position))
-            store(place.state(static_cast<Element*>(sweep.h_n), sequence, outputs) + u, sums[0]);
+        if (u < outputs && place.has(now, position)) finish<Precision>(place, sweep, step, position, u, sums[0]);
     });
 }
 
@@ -138,8 +96,7 @@ Failure sweep_forward(const ForwardSweep& sweep, void* stream) {
                   kProjectionBytes = Product<ProjectionTile, 1>::kSharedBytes;
     constexpr int64_t kSize = sizeof(Element);
     const Sizes& sizes = sweep.sizes;
-    bool aligned = aligned_rows(sweep.y, kSize, sizes.outputs) && aligned_rows(sweep.h0, kSize, sizes.outputs, {}),
-         aligned_projection = true;
+    bool aligned = aligned_operand(sweep, kSize), aligned_projection = true;
     for (int d = 0; d < sizes.directions; ++d) {
         aligned = aligned && aligned_pointer(sweep.weight_hh[d]);
         aligned_projection = aligned_projection && aligned_rows(sweep.weight_hr[d], kSize, sizes.hidden, {});
@@ -155,6 +112,9 @@ Failure sweep_forward(const ForwardSweep& sweep, void* stream) {
         const int64_t positions = steps.most(step);
         launch("forward_step", forward_step<Precision, Policy, kLarge>, kStepBytes, sizes, positions, StepTile::kRows,
                sizes.hidden, StepTile::kUnits, sweep, step, aligned);
+        if (sweep.gh.data != nullptr)
+            launch("forward_norms", forward_norms<Precision, Policy>, kNormBytes, sizes, positions, 1, 1, 1, sweep,
+                   step);
         if (sweep.unprojected == nullptr) continue;
         launch("forward_projection", forward_projection<Precision, kLarge>, kProjectionBytes, sizes, positions,
                ProjectionTile::kRows, sizes.outputs, ProjectionTile::kUnits, sweep, step, aligned_projection);
@@ -166,6 +126,7 @@ Failure sweep_forward(const ForwardSweep& sweep, void* stream) {
 
 template <class Precision>
 Failure forward(const ForwardSweep& sweep, const char* cell, Tile tile, void* stream) {
+    if (std::strcmp(cell, kResetBefore) == 0) return forward_reset_before<Precision>(sweep, tile, stream);
     Failure failure = {cudaErrorInvalidValue, "of no such cell", 0};
     with_cell<typename Precision::Real>(cell, [&](auto policy) {
         using Policy = decltype(policy);

@@ -60,6 +60,13 @@ inline bool aligned_rows(const Rows& rows, int64_t size, int64_t depth) {
     return aligned_rows(rows.data, size, depth, {rows.step, rows.sequence, rows.direction});
 }
 
+// Whether what meets W_hh in a forward sweep can be read by vectors.
+inline bool aligned_operand(const ForwardSweep& sweep, int64_t size) {
+    const int64_t depth = sweep.sizes.outputs;
+    if (sweep.u != nullptr) return aligned_rows(sweep.u, size, depth, {});
+    return aligned_rows(sweep.y, size, depth) && aligned_rows(sweep.h0, size, depth, {});
+}
+
 // Launches kernels on a stream until one fails.
 class Launcher {
   public:

@@ -2,14 +2,16 @@
 // unit)
 //     sums[group](row, unit) = sum over k of a[row][k] b[group, unit][k]
 // kept in the registers of the thread that goes on to compute the cell of (row, unit), so that no sum passes through
-// memory. A group is a gate in forward; in backward, where one sum goes over the gates, there is one group.
+// global memory. A group is a gate in forward; in backward, where one sum goes over the gates, there is one group.
 //
 // Rows of a and b are anywhere in global memory, their k adjacent; an absent one counts as zeros. A table in shared
 // memory has their addresses. k is taken in chunks of 128 bytes a row. Shared memory:
 //     const Element* rows[kRows + kColumns]
 //     Element chunks[kStages][kRows + kColumns][kPitch]       kPitch = a chunk and 16 bytes: rows start in different
 //     banks
-// kStages - 1 chunks are on their way while one is multiplied.
+// kStages - 1 chunks are on their way while one is multiplied. In the place of all this, afterwards, the sums:
+//     Real sums[kEach][kGroups][kThreads]                     kEach units a thread, which it alone reads
+// so that the cell is a loop over them: unrolled over registers it would be hundreds of kilobytes of code.
 #pragma once
 #include "precision.cuh"
 
@@ -63,15 +65,11 @@ struct FmaTile {
         }
     }
 
-    // Calls visit(row, unit, sums of its groups) for all that this thread has.
-    template <class Visit>
-    __device__ __forceinline__ void each(Visit visit) {
-        const int across = threadIdx.x % kAcross, down = threadIdx.x / kAcross;
-#pragma unroll
-        for (int i = 0; i < kRowsEach; ++i)
-#pragma unroll
-            for (int j = 0; j < kUnitsEach; ++j) visit(down + i * kDown, across + j * kAcross, sums[i][j]);
-    }
+    // Which units a thread has sums of: number i of kEach.
+    static constexpr int kEach = kRowsEach * kUnitsEach;
+    static __device__ __forceinline__ int row(int i) { return threadIdx.x / kAcross + i / kUnitsEach * kDown; }
+    static __device__ __forceinline__ int unit(int i) { return threadIdx.x % kAcross + i % kUnitsEach * kAcross; }
+    __device__ __forceinline__ Real sum(int i, int group) const { return sums[i / kUnitsEach][i % kUnitsEach][group]; }
 };
 
 // On tensor cores: a warp has 16 rows and, in each group, kBlocks blocks of 8 units.
@@ -107,20 +105,14 @@ struct MmaTile {
         }
     }
 
-    template <class Visit>
-    __device__ __forceinline__ void each(Visit visit) {
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        const int row = warp / kWarpsAcross * 16 + lane / 4, unit = warp % kWarpsAcross * kBlocks * 8 + lane % 4 * 2;
-#pragma unroll
-        for (int block = 0; block < kBlocks; ++block)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float of_groups[kGroups];
-#pragma unroll
-                for (int group = 0; group < kGroups; ++group) of_groups[group] = sums[group][block][i];
-                visit(row + i / 2 * 8, unit + block * 8 + i % 2, of_groups);
-            }
+    static constexpr int kEach = kBlocks * 4;
+    static __device__ __forceinline__ int row(int i) {
+        return threadIdx.x / 32 / kWarpsAcross * 16 + threadIdx.x % 32 / 4 + i % 4 / 2 * 8;
     }
+    static __device__ __forceinline__ int unit(int i) {
+        return (threadIdx.x / 32 % kWarpsAcross * kBlocks + i / 4) * 8 + threadIdx.x % 4 * 2 + i % 2;
+    }
+    __device__ __forceinline__ float sum(int i, int group) const { return sums[group][i / 4][i % 4]; }
 
   private:
     // 16-bit operands: by whole matrices.
@@ -166,6 +158,7 @@ struct TileOf<Precision, kGroups, kLarge, true> {
 template <class Tile_, int kGroups>
 struct Product {
     using Element = typename Tile_::Element;
+    using Real = typename Tile_::Real;
     static constexpr int kRows = Tile_::kRows, kUnits = Tile_::kUnits, kColumns = kGroups * kUnits;
     static constexpr int kChunk = kChunkBytes / sizeof(Element), kVector = kVectorBytes / sizeof(Element),
                          kPitch = kChunk + kVector;
@@ -196,6 +189,23 @@ struct Product {
             tile.multiply(a, a + kRows * kPitch, kChunk, kPitch);
         }
         copy_async_wait<0>();
+    }
+
+    // Calls visit(row, unit, sums of its groups) for all units that this thread has, when `run` is done.
+    template <class Visit>
+    static __device__ __forceinline__ void each(const Tile_& tile, unsigned char* shared, Visit visit) {
+        static_assert(Tile_::kEach * kGroups * kThreads * sizeof(Real) <= kSharedBytes, "the sums find room");
+        Real* own = reinterpret_cast<Real*>(shared) + threadIdx.x;
+        __syncthreads();  // nobody reads the last chunk any more
+#pragma unroll
+        for (int i = 0; i < Tile_::kEach * kGroups; ++i) own[i * kThreads] = tile.sum(i / kGroups, i % kGroups);
+#pragma unroll 1
+        for (int i = 0; i < Tile_::kEach; ++i) {
+            Real sums[kGroups];
+#pragma unroll
+            for (int group = 0; group < kGroups; ++group) sums[group] = own[(i * kGroups + group) * kThreads];
+            visit(Tile_::row(i), Tile_::unit(i), sums);
+        }
     }
 
   private:

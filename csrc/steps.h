@@ -17,7 +17,8 @@ struct Moment {
 // one after it.
 struct Step {
     Moment before[kMostDirections], now[kMostDirections], after[kMostDirections];
-    bool first;  // of the sweep: no step before it
+    bool first;      // of the launches: no step before it
+    int64_t number;  // of the launch
 };
 
 class Steps {
@@ -37,12 +38,25 @@ class Steps {
     Step at(int64_t n, bool from_end) const {
         Step step{};
         step.first = n == 0;
+        step.number = n;
         for (int d = 0; d < kMostDirections; ++d) {
             const bool falling = from_end != (d == 1);
             const int64_t t = falling ? sizes_.steps - 1 - n : n, ahead = falling ? -1 : 1;
             step.before[d] = moment(t - ahead);
             step.now[d] = moment(t);
             step.after[d] = moment(t + ahead);
+        }
+        return step;
+    }
+
+    // The launch number n of a backward sweep over launches begin to end: the first finds no step before it, and one
+    // more at the end no step of its own, so that what goes from range to range is carried as from and to the outside.
+    Step of_range(int64_t n, int64_t begin, int64_t end) const {
+        Step step = at(n, true);
+        step.first = n == begin;
+        for (int d = 0; d < kMostDirections; ++d) {
+            if (n == begin) step.before[d].count = 0;
+            if (n == end) step.now[d].count = 0;
         }
         return step;
     }

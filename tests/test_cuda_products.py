@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import rnnkern
-from rnnkern.backends.cuda import sweeps
+from rnnkern.backends.cuda import products
 from rnnkern.cells import TORCH_CELLS
 from tests.tables import layer_class, nonlinearity
 
@@ -39,7 +39,7 @@ def layer(cell: str, **options: Any) -> Any:
 def test_products_have_the_precision_of_the_sweeps(own: str, of_all: str, wanted: str) -> None:
     recurrent.fp32_precision, everything.fp32_precision, matmul.fp32_precision = wanted, of_all, own
     before = matmul.fp32_precision
-    with sweeps._ProductSwitch().as_in_sweeps(ON_A_GPU):
+    with products.ProductSwitch().as_in_sweeps(ON_A_GPU):
         assert matmul.fp32_precision == wanted or (wanted == "ieee" and matmul.fp32_precision == "none")
     assert matmul.fp32_precision == before
     if own == "none":
@@ -49,21 +49,21 @@ def test_products_have_the_precision_of_the_sweeps(own: str, of_all: str, wanted
 
 def test_torchs_defaults_are_left_alone_for_float32() -> None:
     recurrent.fp32_precision = "ieee"
-    with sweeps._ProductSwitch().as_in_sweeps(ON_A_GPU):
+    with products.ProductSwitch().as_in_sweeps(ON_A_GPU):
         assert matmul.fp32_precision == "none"
 
 
 def test_other_tensors_do_not_touch_the_switch() -> None:
     recurrent.fp32_precision = "tf32"
     for x in (torch.zeros(1), SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)):
-        with sweeps._ProductSwitch().as_in_sweeps(x):  # type: ignore[arg-type]
+        with products.ProductSwitch().as_in_sweeps(x):  # type: ignore[arg-type]
             assert matmul.fp32_precision == "none"
 
 
 def test_the_last_of_several_threads_puts_the_switch_back() -> None:
     """Those that want the same are inside together; one that wants another waits."""
     recurrent.fp32_precision = "tf32"
-    switch, inside, seen = sweeps._ProductSwitch(), threading.Barrier(2, timeout=60), []
+    switch, inside, seen = products.ProductSwitch(), threading.Barrier(2, timeout=60), []
 
     def same() -> None:
         with switch.as_in_sweeps(ON_A_GPU):

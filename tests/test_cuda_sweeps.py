@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import rnnkern
-from rnnkern.backends.cuda import sweeps
+from rnnkern.backends.cuda import products
 from rnnkern.cells import TORCH_CELLS
 from rnnkern.layer import Settings, plain_operands
 from tests import host
@@ -272,9 +272,9 @@ def test_the_nearest_of_the_switches_counts(
                 fp32_precision = rnn
 
     monkeypatch.setattr(torch, "backends", Switch)
-    assert sweeps.tf32_allowed() is allowed
-    assert sweeps.precision(torch.float32) == ("tf32" if allowed else "float32")
-    assert sweeps.precision(torch.bfloat16) == "bfloat16"
+    assert products.tf32_allowed() is allowed
+    assert products.precision(torch.float32) == ("tf32" if allowed else "float32")
+    assert products.precision(torch.bfloat16) == "bfloat16"
 
 
 def test_more_steps_than_a_grid_has_rows() -> None:

@@ -18,7 +18,7 @@ from benchmarks.gpu_shapes import GPU_SHAPES
 from benchmarks.platforms import OnGpu
 from benchmarks.precisions import ON_GPU
 from benchmarks.results import AGAIN, MEMORY, RNNKERN, TORCH, GpuRecord
-from rnnkern.backends.cuda import sweeps
+from rnnkern.backends.cuda import products
 
 WORDS = ["--device", "host", "--cells", "gru", "--dtype", "float32", "--modes", "train"]
 CSV = "host-these-times-mean-nothing.csv"
@@ -149,7 +149,7 @@ def test_precision_reaches_both_sides(monkeypatch: pytest.MonkeyPatch, tmp_path:
     seen = []
 
     def spied(problem: rivals.Problem, mode: str, backend: str) -> rivals.Rival:
-        seen.append(sweeps.precision(problem.x.dtype))
+        seen.append(products.precision(problem.x.dtype))
         return rivals.rnnkern_rival(problem, mode, backend)
 
     monkeypatch.setattr(measure, "rnnkern_rival", spied)

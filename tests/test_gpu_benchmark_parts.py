@@ -11,7 +11,7 @@ from benchmarks import cudnn, floors, rivals, timing
 from benchmarks.gpu_shapes import GPU_SHAPES, MOST_B, MOST_H, MOST_I, MOST_T, cut, cut_down
 from benchmarks.precisions import ON_GPU, PRECISIONS, fp32_products
 from benchmarks.shapes import Shape
-from rnnkern.backends.cuda import sweeps
+from rnnkern.backends.cuda import products
 
 H100_LIKE = cudnn.Gpu((9, 0), 132, 91500)
 PLAIN = Shape("plain", "test", T=128, B=64, I=256, H=512)
@@ -157,5 +157,5 @@ def test_switch_is_set_back_after_an_error() -> None:
     switch: Any = torch.backends.cudnn.rnn
     with fp32_products(switch, tf32=True):
         with pytest.raises(ZeroDivisionError), fp32_products(switch, tf32=False):
-            _ = 1 / int(sweeps.tf32_allowed())
-        assert sweeps.tf32_allowed()
+            _ = 1 / int(products.tf32_allowed())
+        assert products.tf32_allowed()

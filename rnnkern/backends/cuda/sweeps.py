@@ -3,157 +3,43 @@ addresses, strides and the current stream. Nothing waits for the device.
 
 Forward: gx = x W_ih^T (T, B, D, G*H) by torch, then a sweep that adds the biases, steps through the recurrence and puts
 the gates in the place of gx. Backward: a sweep that turns dy into dgx and dgh, the gradients of the two
-pre-activations; then by torch dx = dgx W_ih, dW_ih = dgx^T x, dW_hh = dgh^T h_prev, dW_hr = dh_projected^T h, and the
-sums for the biases.
+pre-activations; then by torch dx = dgx W_ih, dW_ih = dgx^T x, dW_hh = dgh^T u, dW_hr = dh_projected^T h, and the sums
+for the biases (gradients.py). Where gates are not kept, backward goes in chunks of steps, and has the gates of each
+from all its h and c at once (between.py).
 
 The extension is `rnnkern._cuda`, or in tests a build of the same sources that runs on the CPU.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from threading import Condition
+import math
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rnnkern import checks
-from rnnkern.backends import Cotangents, Layer, Needs, Saved, States, compute_dtype, is_readable, readable
-from rnnkern.cells import Weights
-
-Layout = tuple[int, int, int, int]  # address, and what lies between steps, sequences and directions
-NOTHING: Layout = (0, 0, 0, 0)
-
-
-def tf32_allowed() -> bool:
-    """Whether torch's switches for recurrent layers allow products of float32 in TF32."""
-    cudnn = torch.backends.cudnn
-    for switch in (cudnn.rnn.fp32_precision, cudnn.fp32_precision, torch.backends.fp32_precision):  # type: ignore[attr-defined]
-        if switch != "none":
-            return bool(switch == "tf32")
-    return False
-
-
-def precision(dtype: torch.dtype) -> str:
-    """The sweeps' name for it."""
-    return "tf32" if dtype == torch.float32 and tf32_allowed() else str(dtype).removeprefix("torch.")
-
-
-class _ProductSwitch:
-    """torch's switch for its own products of float32 on a GPU, set as the sweeps are for the time of a call. It is one
-    for all threads: calls that want the same share it, and the last one out puts back what was there before."""
-
-    def __init__(self) -> None:
-        self.changed = Condition()
-        self.users, self.wanted = 0, ""
-        self.before: str | None = None  # None where nothing had to be changed
-
-    @contextmanager
-    def as_in_sweeps(self, x: Tensor) -> Iterator[None]:
-        """Products in TF32 or not, as is allowed for recurrent layers."""
-        if not (x.is_cuda and x.dtype == torch.float32):
-            yield
-            return
-        wanted = "tf32" if tf32_allowed() else "ieee"
-        with self.changed:
-            self.changed.wait_for(lambda: self.users == 0 or self.wanted == wanted)
-            if self.users == 0:
-                self.wanted, self.before = wanted, self._change(wanted)
-            self.users += 1
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.users -= 1
-                if self.users == 0:
-                    if self.before is not None:
-                        matmul: Any = torch.backends.cuda.matmul
-                        matmul.fp32_precision = self.before
-                    self.changed.notify_all()
-
-    @staticmethod
-    def _change(wanted: str) -> str | None:
-        """Sets the switch where it has to be, and returns what it was: "none" for what came from the switch for all."""
-        matmul: Any = torch.backends.cuda.matmul
-        everything: Any = torch.backends
-        now = str(matmul.fp32_precision)
-        if now == wanted or {now, wanted} == {"none", "ieee"}:  # "none" is float32 as well
-            return None
-        matmul.fp32_precision = wanted
-        return "none" if now == everything.fp32_precision else now
-
-
-_products = _ProductSwitch()
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b, summed up and kept in out's dtype, which may be wider."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda:
-        out.copy_(torch.mm(a, b, out_dtype=out.dtype))
-    else:
-        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-
-class _Sequences(NamedTuple):
-    """Which sequences have which steps, as sweeps want to know it."""
-
-    lengths: Tensor | None  # (B,) on the device
-    order: Tensor | None  # (B,) on the device, longest first
-    counts: Tensor | None  # (T,) on the CPU
-
-    def addresses(self) -> dict[str, int]:
-        return {name: 0 if t is None else t.data_ptr() for name, t in self._asdict().items()}
-
-
-def _sequences(layer: Layer, in_sight: Callable[[Tensor], bool]) -> tuple[Layer, _Sequences]:
-    """Those of the layer. Lengths that are not in sight never come to the host: a sequence whose length is outside 1..T
-    starts from NaN, and so its outputs and states are NaN."""
-    if layer.lengths is None:
-        counts = None if layer.batch_sizes is None else _whole(layer.batch_sizes)
-        return layer, _Sequences(None, None, counts)
-    steps, lengths = layer.x.shape[0], _whole(layer.lengths)
-    if in_sight(lengths):
-        checks.length_values(lengths, steps)
-        # of pinned memory, which the caller may fill anew, the copy must be made when this returns
-        lengths = lengths.to(layer.x.device, non_blocking=not lengths.is_pinned())
-    else:
-        valid = (lengths >= 1) & (lengths <= steps)
-        lengths = torch.where(valid, lengths, steps)
-        layer = layer._replace(h0=torch.where(valid[:, None], layer.h0, torch.nan))
-    return layer, _Sequences(lengths, lengths.argsort(descending=True, stable=True), None)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The tensor as sweeps read it: one block, nothing to be negated on the way."""
-    return tensor.resolve_neg().contiguous()
-
-
-def _layout(rows: Tensor | None, directions: int) -> Layout:
-    """Of (T, B, D*n) or packed (N, D*n), which the caller keeps."""
-    if rows is None:
-        return NOTHING
-    assert is_readable(rows)
-    sequence = rows.stride(1) if rows.dim() == 3 else rows.stride(0)
-    return rows.data_ptr(), rows.stride(0), sequence, rows.shape[-1] // directions
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _flat(layer: Layer, rows: Tensor) -> Tensor:
-    """Rows of a layer call as a matrix (T*B, n) or (N, n), in the order in which they lie in memory."""
-    if rows.dim() == 2:
-        return rows
-    return (rows.transpose(0, 1) if layer.batch_major_rows else rows).flatten(0, 1)
-
-
-def _part(matrix: Tensor, direction: int, directions: int) -> Tensor:
-    """A direction's columns, (rows, n) of (rows, D*n)."""
-    return matrix.chunk(directions, 1)[direction]
+from rnnkern.backends import Cotangents, Layer, Needs, Saved, States, compute_dtype, readable
+from rnnkern.backends.cuda import between
+from rnnkern.backends.cuda.gradients import Gradients, SweepRows
+from rnnkern.backends.cuda.products import precision, product, products
+from rnnkern.backends.cuda.rows import (
+    NOTHING,
+    Chunk,
+    Layout,
+    Sequences,
+    Span,
+    address,
+    chunks,
+    flat,
+    layout,
+    part,
+    reset_layout,
+    sequences_of,
+    shifted,
+    state_layout,
+    whole,
+)
+from rnnkern.reference_cells import normalised
 
 
 class SweepBackend:
@@ -176,142 +62,282 @@ class SweepBackend:
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         return self.extension.Call(layer.cell.name, precision(layer.x.dtype), self.tile, device.index or 0, stream)
 
+    def _extras(self, layer: Layer) -> Any:
+        """The sweeps' `Extras`, of tensors that the layer keeps."""
+        extras, directions = layer.extras, len(layer.weights)
+        names = ("weight_ch", "ln_hh_weight", "ln_hh_bias", "ln_c_weight", "ln_c_bias")
+        return self.extension.Extras(
+            recurrent_mask=address(extras.recurrent_mask),
+            zone_mask_h=layout(extras.zoneout_mask_h, directions),
+            zone_mask_c=layout(extras.zoneout_mask_c, directions),
+            zoneout_h=extras.zoneout_h,
+            zoneout_c=extras.zoneout_c,
+            reset=address(extras.reset),
+            reset_h=reset_layout(extras.reset_h),
+            reset_c=reset_layout(extras.reset_c),
+            **{name: [address(getattr(w, name)) for w in layer.weights] for name in names},
+        )
+
     def forward(self, layer: Layer, save: bool) -> States:
-        layer, sequences = _sequences(_prepared(layer), self.in_sight)
+        layer, sequences = sequences_of(_prepared(layer), self.in_sight)
         cell, directions, dtype = layer.cell, len(layer.weights), compute_dtype(layer.x.dtype)
-        keep = save and bool(cell.saved)
-        gates = layer.saved_rows(directions, len(cell.saved) * layer.hidden, dtype=dtype) if keep else None
-        cells = layer.saved_rows(directions, layer.hidden, dtype=dtype) if keep and cell.has_c else None
-        width = len(cell.saved if keep else cell.gates) * layer.hidden
-        # gates come where gx was, and have at least its columns
-        gx = _padded(layer, gates) if gates is not None else _new_rows(layer, directions * width, dtype)
-        _input_product(layer, gx)
+        kept = layer.kept if save else 0
+        gates = layer.saved_rows(directions, kept * layer.hidden, dtype=dtype) if kept else None
+        keeps_c = cell.has_c and (save or layer.extras.states)
+        cells = _padded(layer, layer.cell_rows(dtype) if keeps_c else None)
+        buffers = _forward_buffers(layer, sequences, _padded(layer, gates), dtype)
         y = layer.rows(directions * layer.outputs)
         h_n = torch.empty_like(layer.h0)
         c = None if layer.c0 is None else layer.c0.to(dtype, copy=True)
-        projects = layer.weights[0].weight_hr is not None
-        unprojected = layer.h0.new_empty(*layer.h0.shape[:2], layer.hidden) if projects else None
+        unprojected = layer.h0.new_empty(*layer.h0.shape[:2], layer.hidden) if _projects(layer) else None
+        u = _first_u(layer)
+        reset_u = torch.empty_like(layer.h0) if cell.resets_before else None
+        inner = _inner(layer, dtype)
         self.extension.forward(
             self._call(layer),
             sizes=_sizes(layer, sequences),
             **sequences.addresses(),
-            gx=_layout(gx, directions),
-            gates=_layout(gx, directions) if keep else NOTHING,
-            cells=_layout(_padded(layer, cells), directions),
-            y=_layout(y, directions),
+            gx=layout(buffers.gx, directions),
+            gates=buffers.gates,
+            cells=layout(cells, directions),
+            y=layout(y, directions),
             weight_hh=[w.weight_hh.data_ptr() for w in layer.weights],
-            weight_hr=[_address(w.weight_hr) for w in layer.weights],
-            bias_ih=[_address(w.bias_ih) for w in layer.weights],
-            bias_hh=[_address(w.bias_hh) for w in layer.weights],
+            weight_hr=[address(w.weight_hr) for w in layer.weights],
+            bias_ih=[address(w.bias_ih) for w in layer.weights],
+            bias_hh=[address(w.bias_hh) for w in layer.weights],
             h0=layer.h0.data_ptr(),
             h_n=h_n.data_ptr(),
-            c=_address(c),
-            unprojected=_address(unprojected),
+            c=address(c),
+            unprojected=address(unprojected),
+            extras=self._extras(layer),
+            gh=buffers.gh,
+            u=address(u),
+            reset_u=address(reset_u),
+            inner=address(inner),
         )
-        return States(y, h_n, c, gates, cells)
+        of_rows = None if cells is None else cells.unflatten(-1, (directions, layer.hidden))
+        if of_rows is not None and layer.lengths is not None and not layer.extras.states:
+            of_rows = of_rows.flatten(0, 1)
+        return States(y, h_n, c, gates, of_rows)
 
     def backward(self, layer: Layer, saved: Saved, grads: Cotangents, needs: Needs) -> list[Tensor | None]:
-        layer, sequences = _sequences(_prepared(layer), self.in_sight)
-        dy, saved = None if grads.y is None else readable(grads.y), saved._replace(y=readable(saved.y))
-        rows = self._sweep_backward(layer, sequences, saved, dy, grads.h_n, grads.c_n)
-        with _products.as_in_sweeps(layer.x):
-            real = _without_padding(layer, sequences) if any(w.weight_ih for w in needs.weights) else layer
-            return [
-                _input_gradient(layer, rows.dgx) if needs.x else None,
-                rows.dh0 if needs.h0 else None,
-                rows.dc if needs.c0 else None,
-                None,
-                None,
-                *(
-                    gradient
-                    for d, wanted in enumerate(needs.weights)
-                    for gradient in _weight_gradients(real, rows, d, wanted)
-                ),
-            ]
-
-    def _sweep_backward(
-        self,
-        layer: Layer,
-        sequences: _Sequences,
-        saved: Saved,
-        dy: Tensor | None,
-        dh_n: Tensor | None,
-        dc_n: Tensor | None,
-    ) -> "_Gradients":
-        cell, directions, dtype = layer.cell, len(layer.weights), compute_dtype(layer.x.dtype)
-        gates, cells = (_padded(layer, part) for part in (saved.gates, saved.cells))
-        blocks = len(cell.gates) * layer.hidden
-        projects = layer.weights[0].weight_hr is not None
-        dgx = layer.rows(directions * blocks)
-        rows = _Gradients(
-            dgx=dgx,
-            dgh=layer.rows(directions * blocks) if cell.separate else dgx,
-            h_prev=layer.rows(directions * layer.outputs),
-            dh_projected=layer.rows(directions * layer.outputs) if projects else None,
-            unprojected=layer.rows(directions * layer.hidden) if projects else None,
-            dh0=torch.empty_like(layer.h0),
-            dc=_start(dc_n, layer.c0, dtype),
+        layer, sequences = sequences_of(_prepared(layer), self.in_sight)
+        extras, dtype = layer.extras, compute_dtype(layer.x.dtype)
+        states = between.States(
+            readable(saved.y), _padded(layer, saved.cells), None if layer.c0 is None else layer.c0.to(dtype)
         )
-        direct = None if projects else layer.h0.new_empty(layer.h0.shape, dtype=dtype)
-        c0 = None if layer.c0 is None else layer.c0.to(dtype)
-        dh_n = None if dh_n is None else _whole(dh_n)
-        transposed = [w.weight_hh.t().contiguous() for w in layer.weights]
-        transposed_hr = [None if w.weight_hr is None else w.weight_hr.t().contiguous() for w in layer.weights]
+        sweep = _Backward(
+            layer=layer,
+            sequences=sequences,
+            states=states,
+            dy=None if grads.y is None else readable(grads.y),
+            dcells=None if grads.cells is None else readable(grads.cells.flatten(-2)).to(dtype),
+            dh=_start(grads.h_n, layer.h0, dtype),
+            dc=None if layer.c0 is None else _start(grads.c_n, layer.c0, dtype),
+            direct=None if _projects(layer) and not extras.zones else torch.empty_like(layer.h0, dtype=dtype),
+            dreset_h=_zeros(extras.reset_h if needs.reset_h else None, dtype),
+            dreset_c=_zeros(extras.reset_c if needs.reset_c else None, dtype),
+            weight_hh_t=[w.weight_hh.t().contiguous() for w in layer.weights],
+            weight_hr_t=[None if w.weight_hr is None else w.weight_hr.t().contiguous() for w in layer.weights],
+        )
+        gradients = Gradients(layer, sequences, states, needs.x, needs.weights)
+        steps = _sizes(layer, sequences)[0]
+        with products.as_in_sweeps(layer.x):
+            for chunk in chunks(layer, sequences, math.isqrt(steps - 1) + 1 if extras.recompute else steps):
+                if extras.recompute:
+                    gates = between.activations(layer, sequences, chunk, states, dtype)
+                else:
+                    gates = _padded(layer, saved.gates)
+                gradients.add(chunk, self._sweep_backward(sweep, chunk, gates), dtype)
+        return [
+            gradients.dx,
+            sweep.dh if needs.h0 else None,
+            sweep.dc if needs.c0 else None,
+            sweep.dreset_h,
+            sweep.dreset_c,
+            *gradients.weights(),
+        ]
+
+    def _sweep_backward(self, sweep: "_Backward", chunk: Chunk, gates: Tensor | None) -> SweepRows:
+        """The launches of a chunk."""
+        layer, states, directions = sweep.layer, sweep.states, len(sweep.layer.weights)
+        rows = _gradient_rows(layer, chunk, gates)
+        dtype = sweep.dh.dtype
+        of_gates = chunk.layout(gates, directions)
+        gh = NOTHING
+        if _normalises(layer):
+            raw = _kept(layer) - len(layer.cell.gates)
+            gh = shifted(of_gates, raw * layer.hidden, dtype.itemsize)
+            if raw == len(layer.cell.gates):  # no activations before it
+                of_gates = NOTHING
+        of_chunk = {name: chunk.layout(t, directions) for name, t in rows._asdict().items() if name != "gates"}
+        arrived = layer.h0.new_empty(_cell_shape(layer), dtype=dtype) if _normalises(layer) else None
+        inner = _inner(layer, dtype)
         self.extension.backward(
             self._call(layer),
-            sizes=_sizes(layer, sequences),
-            **sequences.addresses(),
-            gates=_layout(gates, directions),
-            cells=_layout(cells, directions),
-            y=_layout(saved.y, directions),
-            dy=_layout(dy, directions),
-            dgx=_layout(rows.dgx, directions),
-            dgh=_layout(rows.dgh, directions),
-            h_prev=_layout(rows.h_prev, directions),
-            dh_projected=_layout(rows.dh_projected, directions),
-            unprojected=_layout(rows.unprojected, directions),
-            weight_hh_t=[w.data_ptr() for w in transposed],
-            weight_hr_t=[_address(w) for w in transposed_hr],
+            sizes=_sizes(layer, sweep.sequences),
+            **sweep.sequences.addresses(),
+            range=(chunk.begin, chunk.end),
+            rows={
+                **of_chunk,
+                "gates": of_gates,
+                "gh": gh,
+                "cells": layout(states.cells, directions),
+                "y": layout(states.y, directions),
+                "dy": layout(sweep.dy, directions),
+                "dcells": layout(sweep.dcells, directions),
+                "dreset_h": reset_layout(sweep.dreset_h),
+                "dreset_c": reset_layout(sweep.dreset_c),
+            },
+            weight_hh_t=[w.data_ptr() for w in sweep.weight_hh_t],
+            weight_hr_t=[address(w) for w in sweep.weight_hr_t],
             h0=layer.h0.data_ptr(),
-            c0=_address(c0),
-            dh_n=_address(dh_n),
-            dh0=rows.dh0.data_ptr(),
-            dc=_address(rows.dc),
-            direct=_address(direct),
+            c0=address(states.c0),
+            dh=sweep.dh.data_ptr(),
+            dc=address(sweep.dc),
+            direct=address(sweep.direct),
+            arrived=address(arrived),
+            inner=address(inner),
+            extras=self._extras(layer),
         )
         return rows
 
 
-class _Gradients(NamedTuple):
-    """What a backward sweep gives; rows are (T, B, D*n) or packed (N, D*n)."""
+class _Backward(NamedTuple):
+    """What all launches of a backward sweep share (`BackwardSweep` of csrc/sweep.h)."""
 
-    dgx: Tensor  # (..., D*G*H)
-    dgh: Tensor  # (..., D*G*H), dgx itself where the cell's two are the same
-    h_prev: Tensor  # (..., D*P): what met W_hh
-    dh_projected: Tensor | None  # (..., D*P)
-    unprojected: Tensor | None  # (..., D*H)
-    dh0: Tensor  # (D, B, P)
-    dc: Tensor | None  # (D, B, H)
+    layer: Layer
+    sequences: Sequences
+    states: between.States
+    dy: Tensor | None
+    dcells: Tensor | None
+    dh: Tensor
+    dc: Tensor | None
+    direct: Tensor | None
+    dreset_h: Tensor | None
+    dreset_c: Tensor | None
+    weight_hh_t: list[Tensor]
+    weight_hr_t: list[Tensor | None]
 
 
-def _prepared(layer: Layer) -> Layer:
-    """The layer with operands as sweeps read them; x goes into torch's products alone."""
-    return layer._replace(
-        h0=_whole(layer.h0),
-        c0=None if layer.c0 is None else _whole(layer.c0),
-        weights=tuple(weights.map(_whole) for weights in layer.weights),
+class _ForwardBuffers(NamedTuple):
+    """Where a forward sweep finds gx and leaves gates and gh. The layouts are of tensors in `owners`."""
+
+    gx: Tensor
+    gates: Layout
+    gh: Layout
+    owners: tuple[Tensor | None, ...]
+
+
+def _forward_buffers(layer: Layer, sequences: Sequences, gates: Tensor | None, dtype: torch.dtype) -> _ForwardBuffers:
+    """gx, and the places for what is kept; `gates` (T, B, D*S*H) or (N, D*S*H) are saved, None: nothing is."""
+    cell, directions, hidden = layer.cell, len(layer.weights), layer.hidden
+    width = len(cell.gates) * hidden
+    if not _normalises(layer):  # gates come where gx was, and have at least its columns
+        gx = _new_rows(layer, directions * width, dtype) if gates is None else gates
+        _input_products(layer, sequences, gx, 0)
+        shared = gates is not None or cell.resets_before
+        return _ForwardBuffers(gx, layout(gx, directions) if shared else NOTHING, NOTHING, ())
+    activated = _kept(layer) * hidden - 2 * width
+    raw = _new_rows(layer, directions * width, dtype) if gates is None else gates
+    _input_products(layer, sequences, raw, 0 if gates is None else activated)
+    gx = _new_rows(layer, directions * width, dtype)
+    for d, w in enumerate(layer.weights):
+        given = part(raw, d, directions)
+        given = given if gates is None else given[..., activated : activated + width]
+        weight, bias = (None if t is None else t.to(dtype) for t in (w.ln_ih_weight, w.ln_ih_bias))
+        part(gx, d, directions).copy_(normalised(given, weight, bias))
+    if gates is not None:
+        saved = layout(gates, directions)
+        of_gates = saved if activated else NOTHING
+        return _ForwardBuffers(gx, of_gates, shifted(saved, activated + width, dtype.itemsize), (gates,))
+    lead = layer.h0.shape[:2]
+    gh = layer.h0.new_empty(*lead, width, dtype=dtype)
+    activations = layer.h0.new_empty(*lead, width, dtype=dtype) if cell.has_c else None
+    return _ForwardBuffers(gx, state_layout(activations), state_layout(gh), (gh, activations))
+
+
+def _gradient_rows(layer: Layer, chunk: Chunk, gates: Tensor | None) -> SweepRows:
+    """The buffers of a chunk's gradients; no more of them than the call needs."""
+    cell, directions, width = layer.cell, len(layer.weights), len(layer.cell.gates) * layer.hidden
+
+    def new(columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        return chunk.rows(layer, directions * columns, dtype)
+
+    norms, projects, real = _normalises(layer), _projects(layer), compute_dtype(layer.x.dtype)
+    dgx = new(width, real if norms else None)
+    dgh = new(width, real if norms else None) if cell.separate else dgx
+    return SweepRows(
+        gates=gates,
+        dgx=dgx,
+        dgh=dgh,
+        dproduct=new(width) if norms else dgh,
+        h_prev=new(layer.outputs),
+        dh_projected=new(layer.outputs) if projects else None,
+        unprojected=new(layer.hidden) if projects else None,
+        dinner=new(layer.hidden, real) if norms and cell.has_c else None,
     )
 
 
-def _without_padding(layer: Layer, sequences: _Sequences) -> Layer:
-    """The layer with zeros in x past the lengths: what is there may be NaN, and must not meet the zeros of dgx."""
-    if sequences.lengths is None:
-        return layer
-    steps = torch.arange(layer.x.shape[0], device=layer.x.device)
-    return layer._replace(x=layer.x.masked_fill((steps[:, None] >= sequences.lengths).unsqueeze(2), 0))
+def _normalises(layer: Layer) -> bool:
+    return layer.weights[0].ln_ih_weight is not None
 
 
-def _sizes(layer: Layer, sequences: _Sequences) -> tuple[int, int, int, int, int]:
+def _projects(layer: Layer) -> bool:
+    return layer.weights[0].weight_hr is not None
+
+
+def _kept(layer: Layer) -> int:
+    """How many blocks of H backward finds of a step, saved or computed anew."""
+    return layer.cell.kept(layer.extras.zones, _normalises(layer))
+
+
+def _cell_shape(layer: Layer) -> tuple[int, int, int]:
+    return len(layer.weights), layer.h0.shape[1], layer.hidden
+
+
+def _inner(layer: Layer, dtype: torch.dtype) -> Tensor | None:
+    """Room for v of a step, which LayerNorm of c reads."""
+    return layer.h0.new_empty(_cell_shape(layer), dtype=dtype) if _normalises(layer) and layer.cell.has_c else None
+
+
+def _prepared(layer: Layer) -> Layer:
+    """The layer with operands as sweeps read them; x and its mask go into torch's products alone."""
+    extras, real = layer.extras, compute_dtype(layer.x.dtype)
+
+    def given(tensor: Tensor | None, change: Callable[[Tensor], Tensor] = whole) -> Tensor | None:
+        return None if tensor is None else change(tensor)
+
+    return layer._replace(
+        h0=whole(layer.h0),
+        c0=given(layer.c0),
+        weights=tuple(weights.map(whole) for weights in layer.weights),
+        extras=extras._replace(
+            recurrent_mask=given(extras.recurrent_mask),
+            zoneout_mask_h=given(extras.zoneout_mask_h, readable),
+            zoneout_mask_c=given(extras.zoneout_mask_c, readable),
+            reset=given(extras.reset),
+            reset_h=given(extras.reset_h),
+            reset_c=given(extras.reset_c, lambda c: whole(c).to(real)),
+        ),
+    )
+
+
+def _first_u(layer: Layer) -> Tensor | None:
+    """(2, D, B, P), both halves what a sequence's first step meets; None where that is h. A reset has one direction, in
+    which all sequences start at step 0."""
+    extras, u = layer.extras, layer.h0
+    if extras.recurrent_mask is None and extras.reset is None:
+        return None
+    if extras.reset is not None:
+        given = extras.reset_h
+        new = torch.zeros_like(u) if given is None else given if given.dim() == 2 else given[0]
+        u = torch.where(extras.reset[0].unsqueeze(1), new, u)
+    u = u if extras.recurrent_mask is None else u * extras.recurrent_mask
+    return torch.stack([u, u])
+
+
+def _sizes(layer: Layer, sequences: Sequences) -> tuple[int, int, int, int, int]:
     """T, B, H, P, D."""
     steps = layer.x.shape[0] if sequences.counts is None else len(sequences.counts)
     return steps, layer.h0.shape[1], layer.hidden, layer.outputs, len(layer.weights)
@@ -323,56 +349,31 @@ def _new_rows(layer: Layer, width: int, dtype: torch.dtype) -> Tensor:
 
 
 def _padded(layer: Layer, saved: Tensor | None) -> Any:
-    """Saved rows (T, B, D, n), (T*B, D, n) or packed (N, D, n) as (T, B, D*n) or (N, D*n)."""
+    """Rows (T, B, D, n), (T*B, D, n) or packed (N, D, n) as (T, B, D*n) or (N, D*n)."""
     if saved is None:
         return None
     rows = readable(saved.flatten(-2))
-    return rows if layer.lengths is None else rows.unflatten(0, tuple(layer.x.shape[:2]))
+    return rows.unflatten(0, tuple(layer.x.shape[:2])) if layer.lengths is not None and rows.dim() == 2 else rows
 
 
-def _start(state: Tensor | None, like: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A carried gradient as it starts, where there is such a state: a copy in `dtype`, zeros for None."""
-    if like is None:
-        return None
+def _start(state: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A carried gradient as it starts: a copy in `dtype`, zeros for None."""
     if state is None:
         return torch.zeros_like(like, dtype=dtype)
     return state.resolve_neg().to(dtype, copy=True).contiguous()
 
 
-def _input_product(layer: Layer, gx: Tensor) -> None:
-    """gx = x W_ih^T in the first G*H columns of each direction."""
-    directions, x, matrix = len(layer.weights), _flat(layer, layer.x), _flat(layer, gx)
-    with _products.as_in_sweeps(layer.x):
+def _zeros(like: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if like is None else torch.zeros_like(like, dtype=dtype)
+
+
+def _input_products(layer: Layer, sequences: Sequences, rows: Tensor, first: int) -> None:
+    """x W_ih^T in columns `first` to first + G*H of each direction's rows."""
+    directions, matrix = len(layer.weights), flat(layer, rows)
+    masked = layer.extras.input_mask is not None or (_normalises(layer) and layer.lengths is not None)
+    everything = Span(0, len(layer.x))
+    with products.as_in_sweeps(layer.x):
         for d, weights in enumerate(layer.weights):
-            columns = _part(matrix, d, directions)[:, : weights.weight_ih.shape[0]]
-            _product(x, weights.weight_ih.t(), out=columns)
-
-
-def _input_gradient(layer: Layer, dgx: Tensor) -> Tensor:
-    """dx = the sum over directions of dgx W_ih."""
-    dx, matrix, directions = layer.rows(layer.x.shape[-1]), _flat(layer, dgx), len(layer.weights)
-    out = _flat(layer, dx)
-    for d, weights in enumerate(layer.weights):
-        part = _part(matrix, d, directions)
-        if d == 0:
-            torch.mm(part, weights.weight_ih, out=out)
-        else:
-            out.addmm_(part, weights.weight_ih)
-    return dx
-
-
-def _weight_gradients(layer: Layer, rows: _Gradients, d: int, wanted: Weights) -> tuple[Tensor | None, ...]:
-    """dW_ih, dW_hh, db_ih, db_hh, dW_hr of a direction where wanted."""
-
-    def part(given: Tensor | None) -> Tensor:
-        assert given is not None
-        return _part(_flat(layer, given), d, len(layer.weights))
-
-    return (
-        part(rows.dgx).t() @ _flat(layer, layer.x) if wanted.weight_ih else None,
-        part(rows.dgh).t() @ part(rows.h_prev) if wanted.weight_hh else None,
-        part(rows.dgx).sum(0) if wanted.bias_ih else None,
-        part(rows.dgh).sum(0) if wanted.bias_hh else None,
-        part(rows.dh_projected).t() @ part(rows.unprojected) if wanted.weight_hr else None,
-        *(None,) * 7,
-    )
+            x = between.Rows(layer, sequences, d, everything).x() if masked else layer.x
+            columns = part(matrix, d, directions)[:, first : first + weights.weight_ih.shape[0]]
+            product(flat(layer, x), weights.weight_ih.t(), out=columns)

@@ -1,0 +1,89 @@
+"""Layer calls with everything that torch.nn lacks, by the CUDA sweeps on the CPU and by the oracle, and how they
+compare."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnkern import reference
+from rnnkern.backends import Cotangents, Layer, Saved, States
+from tests.numba_support import all_needs
+from tests.option_layers import all_gradients
+from tests.tables import relative_rms
+
+Parts = tuple[dict[str, Tensor | None], dict[str, Tensor | None]]  # results and gradients, by name
+
+
+def as_given(layer: Layer) -> Layer:
+    """The call with lengths where they are, as the CUDA backend takes it."""
+    if layer.order is None or layer.batch_sizes is None:
+        return layer
+    of_sorted = (layer.batch_sizes[:, None] > torch.arange(len(layer.order))).sum(0)
+    lengths = torch.empty_like(layer.order).scatter_(0, layer.order, of_sorted)
+    return layer._replace(batch_sizes=None, order=None, lengths=lengths)
+
+
+def in_double(layer: Layer) -> Layer:
+    """The same values in float64."""
+
+    def wide(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    extras = layer.extras._replace(**{name: wide(value) for name, value in layer.extras._asdict().items()})
+    c0 = None if layer.c0 is None else layer.c0.double()
+    weights = tuple(w.map(Tensor.double) for w in layer.weights)
+    return layer._replace(x=layer.x.double(), h0=layer.h0.double(), c0=c0, weights=weights, extras=extras)
+
+
+def cotangents(layer: Layer) -> Cotangents:
+    """Random ones, of values that the layer's dtype can hold."""
+    return all_gradients(layer, reference.forward(in_double(layer))).map(lambda g: g.to(layer.x.dtype))
+
+
+def _parts(layer: Layer, states: States, gradients: Sequence[Tensor | None]) -> Parts:
+    names = ["x", "h0", "c0", "reset_h", "reset_c"]
+    names += [f"{name}[{d}]" for d, w in enumerate(layer.weights) for name in w._fields]
+    results = {"y": states.y, "h_n": states.h_n, "c_n": states.c_n}
+    results |= {"cells": states.cells} if layer.extras.states else {}
+    return results, dict(zip(names, gradients, strict=True))
+
+
+def by_host(layer: Layer, grads: Cotangents) -> Parts:
+    """Results and gradients of the sweeps."""
+    from tests.host_backend import backend
+
+    layer = as_given(layer)
+    states = backend.forward(layer, True)
+    saved = Saved(states.y, states.gates, states.cells)
+    return _parts(layer, states, backend.backward(layer, saved, grads, all_needs(layer)))
+
+
+def by_oracle(layer: Layer, grads: Cotangents) -> Parts:
+    """The same of the oracle, in the layer's dtype."""
+    states = reference.forward(layer)
+    return _parts(layer, states, reference.backward(layer, states.saved, grads, all_needs(layer)))
+
+
+def assert_close(found: Parts, wanted: Parts, most: Sequence[float], rival: Parts | None = None) -> None:
+    """Every result and gradient within `most`, or within three times the error of the rival."""
+    for limit, ours, theirs, others in zip(most, found, wanted, rival or ({}, {}), strict=True):
+        for name, expected in theirs.items():
+            own, other = ours[name], others.get(name)
+            if expected is None or own is None:
+                assert own is expected, f"{name}: expected {expected}, got {own}"
+                continue
+            allowed = limit if other is None else max(limit, 3 * relative_rms(other, expected))
+            error = relative_rms(own, expected)
+            assert error <= allowed, f"{name}: relative RMS error {error:.2e} over {allowed:.0e}"
+
+
+def check(layer: Layer, most: Sequence[float]) -> Parts:
+    """What the sweeps give, which is what the oracle gives. Below float64 some cases amplify the rounding of their
+    operands; there the oracle in the layer's own dtype is the rival."""
+    grads = cotangents(layer)
+    found = by_host(layer, grads)
+    rival = None if layer.x.dtype == torch.float64 else by_oracle(layer, grads)
+    assert_close(found, by_oracle(in_double(layer), grads.map(Tensor.double)), most, rival)
+    return found
