@@ -1,14 +1,13 @@
-"""Layer calls with everything that torch.nn lacks, by the CUDA sweeps on the CPU and by the oracle, and how they
-compare."""
+"""Layer calls with everything that torch.nn lacks, by the CUDA sweeps and by the oracle, and how they compare."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rnnkern import reference
-from rnnkern.backends import Cotangents, Layer, Saved, States
+from rnnkern.backends import Cotangents, Layer, States, select
 from tests.numba_support import all_needs
 from tests.option_layers import all_gradients
 from tests.tables import relative_rms
@@ -25,16 +24,22 @@ def as_given(layer: Layer) -> Layer:
     return layer._replace(batch_sizes=None, order=None, lengths=lengths)
 
 
+def mapped(layer: Layer, change: Callable[[Tensor], Tensor]) -> Layer:
+    """The layer with each tensor put through `change`, but for what is on the CPU always."""
+
+    def changed(value: Any) -> Any:
+        return change(value) if isinstance(value, Tensor) else value
+
+    return layer._replace(
+        **{name: changed(getattr(layer, name)) for name in ("x", "h0", "c0", "lengths")},
+        weights=tuple(w.map(change) for w in layer.weights),
+        extras=layer.extras._replace(**{name: changed(value) for name, value in layer.extras._asdict().items()}),
+    )
+
+
 def in_double(layer: Layer) -> Layer:
     """The same values in float64."""
-
-    def wide(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    extras = layer.extras._replace(**{name: wide(value) for name, value in layer.extras._asdict().items()})
-    c0 = None if layer.c0 is None else layer.c0.double()
-    weights = tuple(w.map(Tensor.double) for w in layer.weights)
-    return layer._replace(x=layer.x.double(), h0=layer.h0.double(), c0=c0, weights=weights, extras=extras)
+    return mapped(layer, lambda t: t.double() if t.is_floating_point() else t)
 
 
 def cotangents(layer: Layer) -> Cotangents:
@@ -50,14 +55,14 @@ def _parts(layer: Layer, states: States, gradients: Sequence[Tensor | None]) -> 
     return results, dict(zip(names, gradients, strict=True))
 
 
-def by_host(layer: Layer, grads: Cotangents) -> Parts:
-    """Results and gradients of the sweeps."""
-    from tests.host_backend import backend
-
-    layer = as_given(layer)
-    states = backend.forward(layer, True)
-    saved = Saved(states.y, states.gates, states.cells)
-    return _parts(layer, states, backend.backward(layer, saved, grads, all_needs(layer)))
+def by_sweeps(layer: Layer, grads: Cotangents, backend: str = "host", device: str = "cpu") -> Parts:
+    """Results and gradients of the sweeps, on the CPU, wherever they ran."""
+    sweeps = select(backend, torch.device(device))
+    there, grads = mapped(as_given(layer), lambda t: t.to(device)), grads.map(lambda t: t.to(device))
+    states = sweeps.forward(there, True)
+    gradients = sweeps.backward(there, states.saved, grads, all_needs(there))
+    results, found = _parts(there, states, gradients)
+    return tuple({n: None if t is None else t.cpu() for n, t in part.items()} for part in (results, found))  # type: ignore[return-value]
 
 
 def by_oracle(layer: Layer, grads: Cotangents) -> Parts:
@@ -79,11 +84,10 @@ def assert_close(found: Parts, wanted: Parts, most: Sequence[float], rival: Part
             assert error <= allowed, f"{name}: relative RMS error {error:.2e} over {allowed:.0e}"
 
 
-def check(layer: Layer, most: Sequence[float]) -> Parts:
-    """What the sweeps give, which is what the oracle gives. Below float64 some cases amplify the rounding of their
-    operands; there the oracle in the layer's own dtype is the rival."""
+def check(layer: Layer, most: Sequence[float], backend: str = "host", device: str = "cpu") -> None:
+    """The sweeps give what the oracle gives. Below float64 some cases amplify the rounding of their operands; there the
+    oracle in the layer's own dtype is the rival."""
     grads = cotangents(layer)
-    found = by_host(layer, grads)
     rival = None if layer.x.dtype == torch.float64 else by_oracle(layer, grads)
-    assert_close(found, by_oracle(in_double(layer), grads.map(Tensor.double)), most, rival)
-    return found
+    wanted = by_oracle(in_double(layer), grads.map(Tensor.double))
+    assert_close(by_sweeps(layer, grads, backend, device), wanted, most, rival)

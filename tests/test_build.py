@@ -186,7 +186,7 @@ def test_every_precision_has_its_objects_and_all_are_linked() -> None:
     source = Path("/some where/$csrc")
     compilations = build.kernel_compilations("nvcc", ["-O3", "-DX=a b"], source)
     text = build.ninja_file(compilations, "_cuda", ["/a b/libcudart_static.a"], Path("/cu da/nvcc"))
-    outputs = [f"{sweep}.{precision}.o" for sweep in ("backward", "forward") for precision in build.PRECISIONS]
+    outputs = [f"{sweep}.{precision}.o" for sweep in build.SWEEPS for precision in build.PRECISIONS]
     assert [step.output for step in compilations] == [*outputs, "selftest.o"]
     assert "nvcc = '/cu da/nvcc'\n" in text
     step = "build backward.tf32.o: nvcc /some$ where/$$csrc/backward.cu\n"
@@ -292,6 +292,7 @@ def stub_sources(tmp_path: Path) -> Path:
         'extern "C" int NAME(RNNKERN_PRECISION)() { return ONE; }\n',
         "backward.cu": "#define NAME2(p) backward_##p\n#define NAME(p) NAME2(p)\n"
         'extern "C" int NAME(RNNKERN_PRECISION)() { return 2; }\n',
+        **{f"{sweep}.cu": "" for sweep in build.SWEEPS if sweep not in ("forward", "backward")},
         "selftest.cu": "#pragma unroll\n",
         "bindings.cpp": 'extern "C" int forward_tf32();\n'
         'extern "C" __attribute__((visibility("default"))) int total() { return 10 + forward_tf32(); }\n',

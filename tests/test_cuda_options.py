@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from rnnkern.cells import CELLS
 from tests import host
-from tests.cuda_options import as_given, by_host, check, cotangents
+from tests.cuda_options import as_given, by_sweeps, check, cotangents
 from tests.numba_support import all_needs, bitwise_equal
 from tests.option_layers import FULL, Optional, optional_cases
 from tests.tables import TOLERANCES
@@ -51,6 +51,21 @@ def test_everything_at_once_in_other_dtypes(name: str, dtype: torch.dtype) -> No
     check(replace(FULL[name], dtype=dtype, seed=1).layer(), TOLERANCES[dtype])
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_buffers")
+@pytest.mark.parametrize("name", [*CASES, *FULL])
+def test_options_on_a_gpu(name: str) -> None:
+    check((CASES | FULL)[name].layer(), TOLERANCES[torch.float64], "cuda", "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nan_buffers")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FULL)
+def test_options_on_a_gpu_in_other_dtypes(name: str, dtype: torch.dtype) -> None:
+    check(replace(FULL[name], dtype=dtype, seed=1).layer(), TOLERANCES[dtype], "cuda", "cuda")
+
+
 @pytest.mark.usefixtures("nan_buffers")
 @pytest.mark.parametrize("name", CHOSEN)
 def test_everything_at_once_in_tf32(name: str) -> None:
@@ -82,7 +97,7 @@ def test_bitwise_the_same_in_every_schedule(name: str, dtype: torch.dtype) -> No
     outcomes = []
     for seed in SCHEDULES:
         host.extension().set_schedule(seed)
-        outcomes.append([t for part in by_host(layer, grads) for t in part.values()])
+        outcomes.append([t for part in by_sweeps(layer, grads) for t in part.values()])
     host.extension().set_schedule(0)
     assert all(bitwise_equal(other, outcomes[0]) for other in outcomes[1:])
 
@@ -108,7 +123,7 @@ def test_masks_of_any_strides(name: str) -> None:
 
     extras = layer.extras._replace(**{n: strided(value) for n, value in layer.extras._asdict().items()})
     grads = cotangents(layer)
-    found, wanted = by_host(layer._replace(extras=extras), grads), by_host(layer, grads)
+    found, wanted = by_sweeps(layer._replace(extras=extras), grads), by_sweeps(layer, grads)
     for ours, theirs in zip(found, wanted, strict=True):
         assert bitwise_equal(list(ours.values()), list(theirs.values()))
 
@@ -125,12 +140,12 @@ def test_nan_in_a_state_that_is_replaced_goes_nowhere(cell: str, reset: str, lay
     h0 = layer.h0 * torch.nan
     c0 = None if layer.c0 is None else layer.c0 * torch.nan
     at_first = layer._replace(h0=h0, c0=c0, extras=layer.extras._replace(reset=first))
-    for part in by_host(at_first, cotangents(layer)):
+    for part in by_sweeps(at_first, cotangents(layer)):
         for name, tensor in part.items():
             assert tensor is None or not tensor.isnan().any(), name
     x = layer.x.clone()
     x[1] = torch.nan
-    results, gradients = by_host(layer._replace(x=x, extras=layer.extras._replace(reset=later)), cotangents(layer))
+    results, gradients = by_sweeps(layer._replace(x=x, extras=layer.extras._replace(reset=later)), cotangents(layer))
     y, dx = results["y"], gradients["x"]
     assert y is not None
     assert dx is not None

@@ -35,13 +35,24 @@ def run(module: Path, sanitizer: str | None, *arguments: str) -> subprocess.Comp
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=3000)
 
 
+PAIRS, OPTIONS = ("--most", "2"), ("--options",)
+# Calls that torch.nn has too, alone and in pairs; and with everything that it lacks.
+QUICK = {"torch": PAIRS, "options": (*OPTIONS, "--most", "0")}
+LONG = {"torch in full": (*PAIRS, "--full"), "options in full": (*OPTIONS, *PAIRS, "--full")}
+
+
 @pytest.mark.parametrize("sanitizer", LIBRARIES)
-@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["pairs", "product"])
-def test_nothing_is_found(sanitizer: str, full: bool) -> None:
-    """Options by themselves and in pairs, each in one dtype, tile and schedule; or the whole product."""
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(pytest.param(arguments, id=name) for name, arguments in QUICK.items()),
+        *(pytest.param(arguments, id=name, marks=pytest.mark.slow) for name, arguments in LONG.items()),
+    ],
+)
+def test_nothing_is_found(sanitizer: str, arguments: Sequence[str]) -> None:
+    """Each call in one dtype, tile and schedule; or in all of them."""
     module = builder().build_host(BUILD, sanitizer)
-    arguments = ("--most", "2", "--schedules", "0", "1", "2", *(["--full"] if full else []))
-    done = run(module, sanitizer, *arguments)
+    done = run(module, sanitizer, "--schedules", "0", "1", "2", *arguments)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert ", 0 wrong results" in done.stdout
 
@@ -79,15 +90,58 @@ DEFECTS = {
     "rows read past their end": Defect("product.cuh", "row != nullptr && k + v < depth", "row != nullptr", "address"),
     "two gates swapped": Defect("cells.cuh", "saved[0] = i;", "saved[0] = f;", "results"),
     "the reset gate before the product": Defect("cells.cuh", "gx[2] + r * gh[2]", "r * (gx[2] + gh[2])", "results"),
-    "a sign": Defect("cells.cuh", "met.h_prev - n)", "n - met.h_prev)", "results"),
-    "h0 for every sequence": Defect("backward.cu", "begins = !place.has(after, position)", "begins = true", "results"),
+    "a sign": Defect("cells.cuh", "around.h_prev - n)", "n - around.h_prev)", "results"),
+    "c0 for every sequence": Defect(
+        "backward_unit.cuh", "c_before = place.has(after, position)", "c_before = false", "results"
+    ),
     "sequences that have ended": Defect(
         "launch.cuh", "moment.index < sequences.lengths[sequence(position)]", "true", "results"
     ),
     "sequences in no order": Defect(
         "launch.cuh", "position : sequences.order[position]", "position : position", "results"
     ),
-    "what goes past W_hh": Defect("backward.cu", "return sweep.direct == nullptr", "return true", "results"),
+    "what goes past W_hh": Defect(
+        "backward_unit.cuh", "if (sweep.direct != nullptr) dh +=", "if (false) dh +=", "results"
+    ),
+    "no barrier before sums take the place of chunks": Defect(
+        "product.cuh", "__syncthreads();  // nobody reads the last chunk", "// nobody reads the last chunk", "thread"
+    ),
+    "a mask that is not scaled": Defect(
+        "states.cuh",
+        "h * to_real(place.state(mask, sequence, place.sizes.outputs)[unit])",
+        "to_real(place.state(mask, sequence, place.sizes.outputs)[unit]) == 0 ? 0 : h",
+        "results",
+        OPTIONS,
+    ),
+    "a gradient that leaks over a reset": Defect("backward_unit.cuh", "            dh = 0;\n", "", "results", OPTIONS),
+    "a gradient of c that does": Defect("backward_unit.cuh", "                dc = 0;\n", "", "results", OPTIONS),
+    "old and new swapped in zoneout": Defect(
+        "cells.cuh", "if (keeps) return old;", "if (!keeps) return old;", "results", OPTIONS
+    ),
+    "zoneout of the gradient dropped": Defect("cells.cuh", "if (keeps) return gradient;", "", "results", OPTIONS),
+    "statistics over one gate": Defect(
+        "layer_norm.cuh",
+        "of_gh(of_warps, raw, Policy::kGates * hidden)",
+        "of_gh(of_warps, raw, hidden)",
+        "results",
+        OPTIONS,
+    ),
+    "statistics over the wrong gate in backward": Defect(
+        "layer_norm.cuh", "of_gh(of_warps, raw, width)", "of_gh(of_warps, raw, sweep.sizes.hidden)", "results", OPTIONS
+    ),
+    "no barrier between sums of a block": Defect(
+        "layer_norm.cuh", "__syncthreads();  // the sums before", "// the sums before", "thread", OPTIONS
+    ),
+    "the peephole of o at the c before": Defect(
+        "cells.cuh", "peepholes.of(2, c)", "peepholes.of(2, around.c_prev)", "results", OPTIONS
+    ),
+    "u in the half that is read": Defect(
+        "forward_unit.cuh", "(step.number + 1) % 2", "step.number % 2", "results", OPTIONS
+    ),
+    "a range that does not end": Defect("steps.h", "if (n == end) step.now[d].count = 0;", "", "results", OPTIONS),
+    "r u past the mask": Defect(
+        "reset_before.cu", "masked<Precision>(place, sweep.extras, sequence, u, du)", "du", "results", OPTIONS
+    ),
 }
 
 
@@ -118,7 +172,14 @@ ARGUMENTS = ("--dtypes", "float32", "--full")
 
 
 # One of each kind in every run of the tests; all of them take minutes.
-ALWAYS = ("no barrier before a chunk is read", "shared memory too small", "no wait for copies", "two gates swapped")
+ALWAYS = (
+    "no barrier before a chunk is read",
+    "shared memory too small",
+    "no wait for copies",
+    "two gates swapped",
+    "a mask that is not scaled",
+    "statistics over one gate",
+)
 CHOSEN = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in DEFECTS]
 
 

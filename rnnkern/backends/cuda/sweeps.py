@@ -49,6 +49,7 @@ class SweepBackend:
 
     def __init__(self, extension: ModuleType) -> None:
         self.extension = extension
+        self.no_extras = extension.Extras()
         self.tile = "automatic"  # or small, large: for tests
         self.in_sight: Callable[[Tensor], bool] = lambda lengths: lengths.device.type == "cpu"
 
@@ -64,6 +65,8 @@ class SweepBackend:
 
     def _extras(self, layer: Layer) -> Any:
         """The sweeps' `Extras`, of tensors that the layer keeps."""
+        if layer.plain:
+            return self.no_extras
         extras, directions = layer.extras, len(layer.weights)
         names = ("weight_ch", "ln_hh_weight", "ln_hh_bias", "ln_c_weight", "ln_c_bias")
         return self.extension.Extras(
