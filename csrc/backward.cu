@@ -6,8 +6,8 @@
 //     dh' = mask * (dproduct[s] W_hh) + direct[s]     for sequences that have step s; if s is reset, of the reset state
 //     dh = dh' (or 0) + dy[t]                         for these
 //     dh = dh_n + dy[t]                               for those whose last step t is
-// the product by product.cuh with W_hh transposed, the rest where the sums are, in registers. There it goes on to the
-// cell, past zoneout, which gives a part of dh straight to direct[t]:
+// the product by product.cuh with W_hh transposed, the rest in the thread that has the sum. It goes on to the cell,
+// past zoneout, which gives a part of dh straight to direct[t]:
 //     dgx[t], dgh[t], dc, direct[t] = cell backward(gates[t], h', c', dh, dc)
 // For sequences that have step s but not t, the first of the forward sweep was s, and dh is dh0. dc and direct are
 // changed in place, a number for each unit; dproduct, which is dgh without LayerNorm, is written in rows of step t and

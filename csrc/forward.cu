@@ -1,17 +1,15 @@
-// The forward sweep of the general tier: any size, one launch a step (two with a projection), no state on the chip
-// between launches.
+// The forward sweep of the general tier: any size, one launch a step (one more with a projection, and one with
+// LayerNorm), no state on the chip between launches.
 //
-// In step t a block takes a tile of sequences and units, forms  gh = h_prev W_hh^T  for all gates of these units
-// (product.cuh), and goes on to the cell with the sums still in registers:
-//     h, c = cell(gx + b_ih, gh + b_hh, h_prev, c)
-// h_prev is read from y, where the step before has written it, or h0; c is in a buffer of its own, a number for each
-// unit, and changed in place; gates go where gx was. So nothing is read and written by two blocks of one launch. With a
-// projection h goes to `unprojected`, and the second launch writes
+// In step t a block takes a tile of sequences and units, forms  gh = u W_hh^T  for all gates of these units
+// (product.cuh), and goes on to the cell, each thread with its own sums:
+//     h, c = cell(gx + b_ih, gh + b_hh, h', c')
+// h' is read from y, where the step before has written it, or h0; c is in a buffer of its own, a number for each unit,
+// and changed in place; gates go where gx was. So nothing is read and written by two blocks of one launch. u is h', or
+// with resets or a recurrent mask a buffer of its own, of which a launch reads one half and writes the other
+// (forward_unit.cuh). With a projection h goes to `unprojected`, and the second launch writes
 //     y = h W_hr^T.
-//
-// With LayerNorm the first launch leaves gh, and a second one goes on to the cell, a row a block (layer_norm.cuh). With
-// resets or a recurrent mask it is u, not h_prev, that meets W_hh: a buffer of its own, of which a launch reads one
-// half and writes the other (forward_unit.cuh).
+// With LayerNorm the first launch leaves gh, and another one goes on to the cell, a row a block (layer_norm.cuh).
 #include "layer_norm.cuh"
 
 namespace rnnkern {

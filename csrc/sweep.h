@@ -60,7 +60,8 @@ struct ForwardSweep {
     Extras extras;
     Rows gx;  // real, (T, B, D, G*H) in the first columns of each row: x W_ih^T, no bias; normalised, where it shall be
     Rows gates;  // real, (T, B, D, S*H) or null: activated gates for backward. May be gx itself. Never null where two
-                 // launches of a step share them: LayerNorm of v, and gru_reset_before. Rows past a length stay
+                 // launches of a step share them: LayerNorm of v, and gru_reset_before. Rows past a length are left
+                 // alone
     Rows cells;  // real, (T, B, D, H) or null: c of every step. Not written past a length
     Rows y;      // element, (T, B, D*P): the output, and what the next step reads as h. Not written past a length
     Rows gh;  // real, (T, B, D, G*H) or null: u W_hh^T as LayerNorm takes it. Null: there is none. This and gates may
