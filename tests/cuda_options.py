@@ -1,15 +1,14 @@
 """Layer calls with everything that torch.nn lacks, by the CUDA sweeps and by the oracle, and how they compare."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rnnkern import reference
 from rnnkern.backends import Cotangents, Layer, States, select
-from tests.numba_support import all_needs
-from tests.option_layers import all_gradients
+from tests.numba_support import all_needs, random_gradients
+from tests.option_layers import in_double, mapped
 from tests.tables import relative_rms
 
 Parts = tuple[dict[str, Tensor | None], dict[str, Tensor | None]]  # results and gradients, by name
@@ -24,27 +23,10 @@ def as_given(layer: Layer) -> Layer:
     return layer._replace(batch_sizes=None, order=None, lengths=lengths)
 
 
-def mapped(layer: Layer, change: Callable[[Tensor], Tensor]) -> Layer:
-    """The layer with each tensor put through `change`, but for what is on the CPU always."""
-
-    def changed(value: Any) -> Any:
-        return change(value) if isinstance(value, Tensor) else value
-
-    return layer._replace(
-        **{name: changed(getattr(layer, name)) for name in ("x", "h0", "c0", "lengths")},
-        weights=tuple(w.map(change) for w in layer.weights),
-        extras=layer.extras._replace(**{name: changed(value) for name, value in layer.extras._asdict().items()}),
-    )
-
-
-def in_double(layer: Layer) -> Layer:
-    """The same values in float64."""
-    return mapped(layer, lambda t: t.double() if t.is_floating_point() else t)
-
-
 def cotangents(layer: Layer) -> Cotangents:
     """Random ones, of values that the layer's dtype can hold."""
-    return all_gradients(layer, reference.forward(in_double(layer))).map(lambda g: g.to(layer.x.dtype))
+    exact = random_gradients(reference.forward(in_double(layer)), layer.extras.states)
+    return exact.map(lambda g: g.to(layer.x.dtype))
 
 
 def _parts(layer: Layer, states: States, gradients: Sequence[Tensor | None]) -> Parts:

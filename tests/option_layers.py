@@ -1,6 +1,6 @@
 """Layer calls with everything that torch.nn lacks, for the backends: one table of options, and random operands."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import sqrt
@@ -106,6 +106,24 @@ class Optional:
         return Layer(spec, x, h0, c0, weights, batch_sizes, order, False, extras=extras)
 
 
+def mapped(layer: Layer, change: Callable[[Tensor], Tensor]) -> Layer:
+    """The layer with each tensor put through `change`, but for what is on the CPU always."""
+
+    def changed(value: Any) -> Any:
+        return change(value) if isinstance(value, Tensor) else value
+
+    return layer._replace(
+        **{name: changed(getattr(layer, name)) for name in ("x", "h0", "c0", "lengths")},
+        weights=tuple(w.map(change) for w in layer.weights),
+        extras=layer.extras._replace(**{name: changed(value) for name, value in layer.extras._asdict().items()}),
+    )
+
+
+def in_double(layer: Layer) -> Layer:
+    """The same values in float64."""
+    return mapped(layer, lambda t: t.double() if t.is_floating_point() else t)
+
+
 # Each is a departure from the defaults of `Optional`.
 OPTIONS: dict[str, dict[str, Any]] = {
     "bidirectional": {"directions": 2},
@@ -155,4 +173,4 @@ FULL: dict[str, Optional] = {
 }  # fmt: skip
 
 # The backends whose modules are tested with every option.
-OPTION_BACKENDS = ("numba", "reference")
+OPTION_BACKENDS = ("numba", "reference", "host")

@@ -1,17 +1,16 @@
 """What torch.nn lacks, in the Numba sweeps, against the oracle."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from rnnkern import reference
-from rnnkern.backends import Layer, numba_cpu
+from rnnkern.backends import numba_cpu
 from rnnkern.cells import Weights
 from tests.numba_support import all_needs, random_gradients
-from tests.option_layers import FULL, optional_cases
+from tests.option_layers import FULL, in_double, optional_cases
 from tests.tables import TOLERANCES, relative_rms
 
 CASES = dict(optional_cases()) | FULL
@@ -58,18 +57,3 @@ def test_single_precision(name: str) -> None:
         check(part, own, theirs, limit.forward)
     for i, (own, theirs) in enumerate(zip(got, wanted, strict=True)):
         check(f"gradient {i}", own, theirs, limit.gradient)
-
-
-def in_double(layer: Layer) -> Layer:
-    """The same call in float64."""
-
-    def double(t: Any) -> Any:
-        return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
-
-    return layer._replace(
-        x=layer.x.double(),
-        h0=layer.h0.double(),
-        c0=double(layer.c0),
-        weights=tuple(w.map(Tensor.double) for w in layer.weights),
-        extras=layer.extras._replace(**{name: double(t) for name, t in layer.extras._asdict().items()}),
-    )
