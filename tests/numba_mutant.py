@@ -80,6 +80,38 @@ def backward(cell: str) -> float:
     return worst if _mode() == mode else INFINITE
 
 
+def _optional_layers(cell: str) -> list[Any]:
+    from tests.option_layers import FULL
+
+    return [case.layer() for case in FULL.values() if case.cell == cell]
+
+
+def optional_forward(cell: str) -> float:
+    """The forward sweep with everything at once against the oracle's."""
+    from rnnkern import reference
+    from rnnkern.backends import numba_cpu
+    from tests.numba_support import difference
+
+    return max(
+        difference(numba_cpu.forward(layer, save=True), reference.forward(layer, save=True))
+        for layer in _optional_layers(cell)
+    )
+
+
+def optional_backward(cell: str) -> float:
+    """The backward sweep with everything at once against the oracle's, from the activations that the oracle saved."""
+    from rnnkern import reference
+    from rnnkern.backends import numba_cpu
+    from tests.numba_support import all_needs, difference, random_gradients
+
+    worst = 0.0
+    for layer in _optional_layers(cell):
+        states = reference.forward(layer, save=True)
+        given = (layer, states.saved, random_gradients(states, layer.extras.states), all_needs(layer))
+        worst = max(worst, difference(numba_cpu.backward(*given), reference.backward(*given)))
+    return worst
+
+
 def strides(cell: str) -> float:
     """Calls of the same shapes with operands in one layout and another."""
     from rnnkern import reference
@@ -225,7 +257,19 @@ def fails(test: str) -> float:
 
 
 CHECKS: dict[str, Callable[[str], float]] = {
-    check.__name__: check for check in (forward, backward, strides, flushed, shares, repeated, layers, fails)
+    check.__name__: check
+    for check in (
+        forward,
+        backward,
+        optional_forward,
+        optional_backward,
+        strides,
+        flushed,
+        shares,
+        repeated,
+        layers,
+        fails,
+    )
 }
 
 

@@ -17,6 +17,7 @@ import pytest
 import rnnkern
 from tests.mutations import COMPILED, PYTHON, Mutation
 from tests.mutations_cells import OF_CELLS
+from tests.mutations_optional import OF_OPTIONAL
 from tests.mutations_options import OF_OPTIONS
 from tests.mutations_sweeps import OF_SWEEPS
 
@@ -84,7 +85,9 @@ def named(mutations: list[Mutation], *marks: pytest.MarkDecorator) -> list[objec
     return [pytest.param(m, id=m.name, marks=marks) for m in mutations]
 
 
-@pytest.mark.parametrize("mutation", [*named(COMPILED), *named([*OF_CELLS, *OF_SWEEPS], pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mutation", [*named(COMPILED), *named([*OF_CELLS, *OF_SWEEPS, *OF_OPTIONAL], pytest.mark.slow)]
+)
 def test_caught(mutation: Mutation, compiling: Check) -> None:
     found = compiling(mutation.file, mutated(mutation), mutation.check, mutation.cell)
     assert found > LIMIT, f"no check saw: {mutation.name}"
@@ -97,9 +100,11 @@ def test_caught_without_compiling(mutation: Mutation, cached: Check) -> None:
 
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+EVERY_CELL = (*CELLS, "gru_reset_before")
 SWEEPS = [(name, cell) for name in ("forward", "backward") for cell in CELLS] + [("flushed", "rnn_relu")]
 CALLS = [(name, cell) for name in ("repeated", "layers") for cell in ("LSTM", "GRU", "RNN")]
 OTHERS = [("strides", "rnn_tanh"), ("shares", "rnn_tanh")]
+OTHERS += [(name, cell) for name in ("optional_forward", "optional_backward") for cell in EVERY_CELL]
 ALWAYS = {("forward", "rnn_tanh"), ("backward", "rnn_tanh")}
 
 
@@ -115,12 +120,12 @@ def test_nothing_is_seen_without_a_mutation_or_compiling(name: str, cell: str, c
     assert cached("cells.py", (PACKAGE / "cells.py").read_text(), name, cell) < LIMIT
 
 
-@pytest.mark.parametrize("mutation", named([*OF_CELLS, *OF_SWEEPS]))
+@pytest.mark.parametrize("mutation", named(LONG))
 def test_the_table_fits_the_source(mutation: Mutation) -> None:
     """The mutations that do not always run are at least always applicable."""
     mutated(mutation)
 
 
 def test_a_mutation_has_a_name_of_its_own() -> None:
-    names = [m.name for m in (*COMPILED, *PYTHON, *OF_CELLS, *OF_SWEEPS, *OF_OPTIONS)]
+    names = [m.name for m in (*COMPILED, *PYTHON, *LONG, *OF_OPTIONS)]
     assert len(set(names)) == len(names)

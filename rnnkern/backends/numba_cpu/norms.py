@@ -4,10 +4,10 @@ y = a * weight + bias with a = (x - mean) / sigma, sigma^2 = variance + EPSILON,
 da = dy * weight        dx = (da - mean(da) - a * mean(da * a)) / sigma
 """
 
-from rnnkern.backends.numba_cpu.cells import add_part
 from rnnkern.backends.numba_cpu.gates import tanh
 from rnnkern.backends.numba_cpu.jit import inlined, shared
 from rnnkern.backends.numba_cpu.lanes import over_root, row_squares, row_sum, total
+from rnnkern.backends.numba_cpu.optional_cells import add_part
 from rnnkern.backends.numba_cpu.sweep import padded_bytes
 from rnnkern.backends.numba_cpu.vector import (
     broadcast,

@@ -16,11 +16,11 @@ before the norm) are added row by row to where they belong.
 
 from rnnkern.backends.numba_cpu.backward import outer_product, sum_rows
 from rnnkern.backends.numba_cpu.blocks import pack_depth
-from rnnkern.backends.numba_cpu.cells import add_part, reset_gate_backward
 from rnnkern.backends.numba_cpu.jit import inlined, shared, woven
 from rnnkern.backends.numba_cpu.lanes import of_new, of_old
 from rnnkern.backends.numba_cpu.norms import norms_backward, of_share, through_norm_of_c
 from rnnkern.backends.numba_cpu.operands import OptionalBackward, read_operands
+from rnnkern.backends.numba_cpu.optional_cells import add_part, reset_gate_backward
 from rnnkern.backends.numba_cpu.optional_forward import cells_row, gather_inputs, is_reset, reset_row, times_mask
 from rnnkern.backends.numba_cpu.recurrence import (
     Row,

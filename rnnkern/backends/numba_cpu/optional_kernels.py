@@ -1,6 +1,6 @@
 """The compiled entry points of calls that ask for more than the plain cell; kernels.py has the plain ones."""
 
-from rnnkern.backends.numba_cpu import cells
+from rnnkern.backends.numba_cpu import optional_cells as cells
 from rnnkern.backends.numba_cpu.jit import kernel
 from rnnkern.backends.numba_cpu.kernels import Kernels
 from rnnkern.backends.numba_cpu.operands import OptionalBackward, OptionalForward, read_operands

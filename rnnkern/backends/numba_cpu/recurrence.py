@@ -13,10 +13,10 @@ the cell, since LayerNorm needs whole rows, and a GRU that resets before its las
 from typing import NamedTuple
 
 from rnnkern.backends.numba_cpu.blocks import pack_units
-from rnnkern.backends.numba_cpu.cells import reset_gate
 from rnnkern.backends.numba_cpu.forward import gate_tile, load_bias, units_per_panel
 from rnnkern.backends.numba_cpu.jit import inlined, shared, woven
 from rnnkern.backends.numba_cpu.norms import normalise, normalised_outputs
+from rnnkern.backends.numba_cpu.optional_cells import reset_gate
 from rnnkern.backends.numba_cpu.sweep import padded_bytes, tile_height
 from rnnkern.backends.numba_cpu.tile import MAX_ROWS
 from rnnkern.backends.numba_cpu.vector import (
