@@ -138,7 +138,9 @@ DEFECTS = {
     "u in the half that is read": Defect(
         "forward_unit.cuh", "(step.number + 1) % 2", "step.number % 2", "results", OPTIONS
     ),
-    "a range that does not end": Defect("steps.h", "if (n == end) step.now[d].count = 0;", "", "results", OPTIONS),
+    "a range that forgets what is carried": Defect(
+        "steps.h", "if (n == begin) step.before[d].count = 0;", "", "results", OPTIONS
+    ),
     "r u past the mask": Defect(
         "reset_before.cu", "masked<Precision>(place, sweep.extras, sequence, u, du)", "du", "results", OPTIONS
     ),
