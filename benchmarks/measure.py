@@ -1,6 +1,6 @@
 """One row of the table: the implementations checked against each other and timed in turn, or their peak memory."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -78,14 +78,17 @@ def times(run: Run, cell: str, mode: str, shape: Shape, threads: int) -> Row:
         with torch.inference_mode(mode == "forward"):
             samples = in_turn(run, rivals, figures)
     for name, rounds in samples.items():
-        quantiles = {f"ms_q{q}": seconds * 1e3 for q, seconds in timing.quantiles(rounds).items()}
-        median = quantiles["ms_median"] = quantiles.pop("ms_q50")
-        figures[name] |= quantiles | {
-            "rounds": len(rounds), "calls": sum(map(len, rounds)), "gflops": problem.flops(mode) / median / 1e6
-        }  # fmt: skip
+        figures[name] |= time_columns(rounds, problem.flops(mode))
         if TORCH in samples:
             figures[name]["ratio"] = timing.ratio(samples[TORCH], rounds)
     return make_row(run, cell, mode, shape, threads, figures)
+
+
+def time_columns(rounds: Sequence[Sequence[float]], flops: float) -> dict[str, Any]:
+    """What a record says of so many seconds, `[round][call]`, for so many operations a call."""
+    quantiles: dict[str, Any] = {f"ms_q{q}": seconds * 1e3 for q, seconds in timing.quantiles(rounds).items()}
+    median = quantiles["ms_median"] = quantiles.pop("ms_q50")
+    return quantiles | {"rounds": len(rounds), "calls": sum(map(len, rounds)), "gflops": flops / median / 1e6}
 
 
 def agreeing(run: Run, problem: Problem, mode: str, threads: int, figures: Figures) -> dict[str, Rival]:

@@ -21,6 +21,7 @@ from benchmarks.results import RNNKERN, TORCH
 from benchmarks.rivals import CELLS, CPU, Rival, make_problem, rnnkern_rival, torch_rival
 from benchmarks.shapes import Shape, named
 
+RECOMPUTE = "recompute"  # rnnkern, which then keeps less
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # glibc gives a freed block of this size back at once, instead of keeping it where the next step would hide in it
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -48,7 +49,9 @@ def warm_step(
 
     def rival(of: Shape) -> Rival:
         problem = make_problem(cell, of, dtype, device)
-        return torch_rival(problem, "train") if implementation == TORCH else rnnkern_rival(problem, "train", backend)
+        if implementation == TORCH:
+            return torch_rival(problem, "train")
+        return rnnkern_rival(problem, "train", backend, recompute=implementation == RECOMPUTE)
 
     rival(ShortShape(**vars(replace(shape, T=min(shape.T, 2)))))()
     return rival(shape)
@@ -85,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.memory", description="Peak memory of a training step in MB."
     )
-    parser.add_argument("implementation", choices=(TORCH, RNNKERN))
+    parser.add_argument("implementation", choices=(TORCH, RNNKERN, RECOMPUTE))
     parser.add_argument("cell", choices=tuple(CELLS))
     parser.add_argument("shape", help="a name of the registry, or sizes as T28,B64,I28,H128")
     parser.add_argument("--dtype", default="float32", choices=ON_CPU)

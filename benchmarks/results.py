@@ -12,6 +12,8 @@ from benchmarks.timing import geometric_mean
 
 FOLDER = ROOT / "benchmarks" / "results"
 TORCH, AGAIN, RNNKERN, ONNX = "torch", "torch again", "rnnkern", "onnxruntime"
+# where options are measured: rnnkern without the option; RNNKERN has it, TORCH is a step loop in torch
+PLAIN, PLAIN_AGAIN = "plain", "plain again"
 MEMORY = "memory"  # the mode of a row that holds the peak of a training step and no time
 
 
@@ -41,7 +43,7 @@ class Record(Machine):
     ms_median: float = math.nan
     ms_q75: float = math.nan
     ms_q90: float = math.nan
-    ratio: float = math.nan  # torch's time / this one's, round by round
+    ratio: float = math.nan  # the first implementation's time / this one's, round by round
     gflops: float = math.nan
     ceiling_gflops: float  # of one core, or of the GPU
     memory_mb: float = math.nan  # peak of a training step
@@ -117,7 +119,7 @@ def read(path: Path) -> list[Row]:
         kind = GpuRecord if "gpu" in (lines.fieldnames or ()) else Record
         for line in lines:
             record = kind(**{field.name: _PARSE[field.type](line[field.name]) for field in fields(kind)})
-            row = rows.setdefault((record.dtype, record.backend, *place(record), record.shape), {})
+            row = rows.setdefault((record.dtype, record.backend, *place(record), record.shape, record.options), {})
             if any(other.date != record.date for other in row.values()):
                 row.clear()
             row[record.implementation] = record
@@ -142,9 +144,9 @@ def over(rival: str, row: Row) -> float:
     return row[RNNKERN].ratio / row[rival].ratio if rival in row else math.nan
 
 
-def noise(row: Row) -> float:
-    """How far two copies of torch.nn came out apart, 1 at best."""
-    again = row[AGAIN].ratio
+def noise(row: Row, copy: str = AGAIN) -> float:
+    """How far two copies of the same, torch.nn or `copy`, came out apart, 1 at best."""
+    again = row[copy].ratio
     return max(again, 1 / again)
 
 

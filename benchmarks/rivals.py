@@ -56,7 +56,7 @@ class Problem:
         return 2.0 * weights * int(self.lengths.sum()) * (3 if mode == "train" else 1)
 
 
-def build(library: Any, cell: str, shape: Shape, dtype: torch.dtype, **options: str) -> nn.Module:
+def build(library: Any, cell: str, shape: Shape, dtype: torch.dtype, **options: Any) -> nn.Module:
     """The layer (or the cell, for a stepwise shape) of torch.nn or of rnnkern."""
     if shape.stepwise:
         module: nn.Module = getattr(library, CELLS[cell] + "Cell")(shape.I, shape.H, dtype=dtype, **options)
@@ -102,7 +102,7 @@ class ModuleRival:
         self.dy = problem.pack(problem.dy).data if packed else problem.dy
         self.input = packing._replace(data=self.x) if packing else self.x
         padded = problem.shape.ragged and not packed
-        self.options = {"lengths": problem.lengths.to(self.x.device)} if padded else {}
+        self.options: dict[str, Any] = {"lengths": problem.lengths.to(self.x.device)} if padded else {}
 
     def forward(self) -> tuple[Tensor, Any]:
         """Output, packed if the input is, and final states."""
@@ -136,7 +136,9 @@ class ModuleRival:
 
 
 def named_states(states: Any) -> dict[str, Tensor]:
-    """h_n or (h_n, c_n) by name."""
+    """h_n or (h_n, c_n) by name; what has names keeps them."""
+    if isinstance(states, dict):
+        return states
     return dict(zip(("h_n", "c_n"), states if isinstance(states, tuple) else (states,), strict=False))
 
 
@@ -148,9 +150,10 @@ def torch_rival(problem: Problem, mode: str) -> Rival:
     return ModuleRival(module, problem, mode, packed=bool(problem.shape.ragged))
 
 
-def rnnkern_rival(problem: Problem, mode: str, backend: str) -> Rival:
-    """rnnkern's module with the same weights."""
-    module = build(rnnkern, problem.cell, problem.shape, problem.x.dtype, backend=backend).to(problem.x.device)
+def rnnkern_rival(problem: Problem, mode: str, backend: str, **options: Any) -> Rival:
+    """rnnkern's module with the same weights, and options that need no others."""
+    module = build(rnnkern, problem.cell, problem.shape, problem.x.dtype, backend=backend, **options)
+    module = module.to(problem.x.device)
     module.load_state_dict(problem.module.state_dict())
     return ModuleRival(module, problem, mode, packed=problem.shape.ragged == "packed")
 
@@ -167,16 +170,18 @@ def relative_rms(expected: Tensor, found: Tensor) -> float:
 
 
 class Disagreement(Exception):
-    """An implementation's result is not torch.nn's."""
+    """An implementation's result is not what it is compared with."""
 
 
-def check(name: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], limit: float) -> None:
-    """Raises Disagreement unless what the implementation of that name found is torch.nn's result, NaN nowhere."""
+def check(
+    name: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], limit: float, rival: str = "torch.nn"
+) -> None:
+    """Raises Disagreement unless what the implementation of that name found is the rival's result, NaN nowhere."""
     if expected.keys() != found.keys():
         raise ValueError(f"results: expected {sorted(expected)}, got {sorted(found)}")
     for tensor in expected:
         error = relative_rms(expected[tensor], found[tensor])
         if not error <= limit:
             raise Disagreement(
-                f"{name}: {tensor} is {error:.1e} from torch.nn's (relative RMS), expected at most {limit:.0e}"
+                f"{name}: {tensor} is {error:.1e} from {rival}'s (relative RMS), expected at most {limit:.0e}"
             )

@@ -1,0 +1,75 @@
+"""What is compared on a case: rnnkern without the option, twice, with it, and the step loop that computes the same."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rnnkern
+from benchmarks.option_loops import Loop, all_named
+from benchmarks.option_table import RESET_SHARE, Case, Option
+from benchmarks.results import PLAIN, PLAIN_AGAIN, RNNKERN, TORCH
+from benchmarks.rivals import SPECS, ModuleRival, Problem, Rival, build, rnnkern_rival
+from rnnkern import functional
+
+SEED = 1  # of the masks on which rivals are compared, and of the parameters that torch.nn's module lacks
+
+
+class OptionRival(ModuleRival):
+    """A layer of rnnkern's with an option, or its loop."""
+
+    def __init__(self, module: nn.Module, problem: Problem, mode: str, option: Option) -> None:
+        super().__init__(module, problem, mode, packed=False)
+        self.options = call_arguments(module, problem, option)
+
+    def results(self) -> dict[str, Tensor]:
+        """Those for the masks of a seed, which are the same for all."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            return super().results()
+
+
+class StatesRival(OptionRival):
+    """rnnkern's function that returns all states."""
+
+    def forward(self) -> tuple[Tensor, Any]:
+        """Output, and every state by name."""
+        function: Any = getattr(functional, self.problem.cell)
+        output, finals, every = function(self.x, None, self.module.all_weights, **self.options)
+        pairs = (states if isinstance(states, tuple) else (states,) for states in (finals, every))
+        return output, all_named(*pairs)
+
+
+def call_arguments(module: Any, problem: Problem, option: Option) -> dict[str, Any]:
+    """What the option adds to a call."""
+    arguments: dict[str, Any] = {}
+    if option.resets:
+        shape, generator = problem.x.shape[:2], torch.Generator().manual_seed(SEED)
+        arguments["reset"] = torch.rand(shape, generator=generator) < RESET_SHARE
+    if option.learned:
+        arguments["reset_to"] = (module.start_h, module.start_c) if problem.cell == "lstm" else module.start_h
+    return arguments | ({"return_states": True} if option.returns_states else {})
+
+
+def make_layer(problem: Problem, option: Option, backend: str) -> nn.Module:
+    """rnnkern's layer with the problem's weights; those that torch.nn lacks, and a learned state, are drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        layer = build(rnnkern, problem.cell, problem.shape, problem.x.dtype, backend=backend, **option.arguments)
+        for name in ("start_h", "start_c")[: SPECS[problem.cell].states * option.learned]:
+            layer.register_parameter(name, nn.Parameter(torch.randn(1, 1, problem.shape.H, dtype=problem.x.dtype)))
+    layer.load_state_dict(problem.module.state_dict(), strict=False)
+    return layer
+
+
+def make_rivals(problem: Problem, case: Case, mode: str, backend: str) -> dict[str, Rival]:
+    """All that is timed on a case, by name."""
+    option = case.option
+    layer = make_layer(problem, option, backend)
+    kind = StatesRival if option.returns_states else OptionRival
+    rivals: dict[str, Rival] = {
+        PLAIN: rnnkern_rival(problem, mode, backend),
+        PLAIN_AGAIN: rnnkern_rival(problem, mode, backend),
+        RNNKERN: kind(layer, problem, mode, option),
+    }
+    return rivals | ({TORCH: OptionRival(Loop(layer), problem, mode, option)} if case.has_loop else {})
