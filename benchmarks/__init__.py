@@ -23,6 +23,14 @@ tables.py      markdown tables of them; gpu_tables.py those of a GPU
 goals.py       what falls short of a goal, for the command and the report
 report.py      the picture, and all of it into a document
 
+`python -m benchmarks.options` measures what the options beyond torch.nn cost; docs/performance-options.md.
+
+options.py         the command; options_report.py puts its tables into the document
+option_table.py    the options and the shapes that they are measured on
+option_loops.py    a layer with an option as a step loop in torch
+option_rivals.py   rnnkern without and with the option, and the loop
+option_tables.py   costs and gains, their means and goals
+
 `python -m benchmarks.gpu_run` does everything that there is to do on a machine with a GPU, unattended.
 
 gpu_run.py          the command; gpu_parts.py has its parts

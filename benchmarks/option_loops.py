@@ -31,13 +31,17 @@ def cell_step(kind: str, w: Weights) -> Step:
 
 
 def products(w: Weights, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The pre-activations gx and gh, (B, G*H) each, normalised if there are weights for it."""
-    if w.ln_ih_weight is None or w.ln_hh_weight is None:
-        return linear(x, w.weight_ih, w.bias_ih), linear(u, w.weight_hh, w.bias_hh)
-    over = w.ln_ih_weight.shape
-    gx = layer_norm(linear(x, w.weight_ih), over, w.ln_ih_weight, w.ln_ih_bias)
-    gh = layer_norm(linear(u, w.weight_hh), over, w.ln_hh_weight, w.ln_hh_bias)
-    return gx + w.bias_ih, gh + w.bias_hh
+    """The pre-activations gx and gh, (B, G*H) each."""
+    gx = product(x, w.weight_ih, w.bias_ih, w.ln_ih_weight, w.ln_ih_bias)
+    return gx, product(u, w.weight_hh, w.bias_hh, w.ln_hh_weight, w.ln_hh_bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """x W^T + b; with LayerNorm's weights LN(x W^T) + b."""
+    if scale is None:
+        return linear(x, weight, bias)
+    normalised = layer_norm(linear(x, weight), scale.shape, scale, shift)
+    return normalised if bias is None else normalised + bias
 
 
 def lstm_step(w: Weights) -> Step:
@@ -141,13 +145,11 @@ class Loop(nn.Module):
             u = before[0] if factor is None else before[0] * factor
             states = zone(t, before, step(x_t, before, u))
             every.append(states)
-        output, *others = (torch.stack(steps) for steps in zip(*every, strict=True)) if return_states else (
-            torch.stack([h for h, *_ in every]),
-        )  # fmt: skip
-        finals = tuple(state.unsqueeze(0) for state in states)
+        output, finals = torch.stack([h for h, *_ in every]), tuple(state.unsqueeze(0) for state in states)
         if not return_states:
             return output, finals
-        return output, all_named(finals, tuple(steps.unsqueeze(1) for steps in (output, *others)))
+        cells = [torch.stack([c for _, c in every]).unsqueeze(1)] if self.spec.has_c else []
+        return output, all_named(finals, (output.unsqueeze(1), *cells))
 
     def zone(self, drawn: masks.Masks) -> Callable[[int, States, States], States]:
         """Zoneout of the states after step t."""

@@ -9,6 +9,7 @@ from benchmarks.results import MEMORY
 from benchmarks.rivals import CELLS
 from benchmarks.shapes import Shape, named, select
 
+SUFFIX = "-options"  # of the CSV
 RESET_SHARE = 0.03  # of all steps: episodes of some 30 steps
 DEAREST = 1.15  # time with an option / plain, at most
 

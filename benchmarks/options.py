@@ -20,7 +20,7 @@ import torch
 from benchmarks import machine, measure, memory, results, timing
 from benchmarks.measure import Run
 from benchmarks.option_rivals import make_rivals
-from benchmarks.option_table import OPTIONS, SHAPES, Case, cases, chosen_options
+from benchmarks.option_table import OPTIONS, SHAPES, SUFFIX, Case, cases, chosen_options
 from benchmarks.option_tables import head, line, summary
 from benchmarks.platforms import OnCpu
 from benchmarks.precisions import PRECISIONS
@@ -29,7 +29,6 @@ from benchmarks.rivals import CELLS, Disagreement, check, make_problem
 from benchmarks.shapes import select, spelled
 from benchmarks.tables import thread_count
 
-SUFFIX = "-options"  # of the CSV
 MODES = ("forward", "train", MEMORY)
 # Shorter turns than for layers: there are some 450 cases, and no other's threads to wait for
 WATCH = timing.Watch(settle=0.005, block=0.010, long=0.030)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.machine import ROOT
+from benchmarks.option_table import SUFFIX
 from benchmarks.option_tables import summary
-from benchmarks.options import SUFFIX
 from benchmarks.report import insert
 from benchmarks.results import RNNKERN
 from benchmarks.tables import origin

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from benchmarks import results, scaling
+from benchmarks import option_table, results, scaling
 from benchmarks.goals import summary
 from benchmarks.gpu_tables import step_tables
 from benchmarks.machine import ROOT
@@ -157,12 +157,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Reports on every file that is named, or there."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Draw what was measured.")
     folder = results.FOLDER.relative_to(ROOT)
-    parser.add_argument("files", nargs="*", type=Path, metavar="CSV", help=f"default: all in {folder}")
+    parser.add_argument(
+        "files", nargs="*", type=Path, metavar="CSV", help=f"default: all in {folder} but those of options"
+    )
     parser.add_argument(
         "--write", type=Path, metavar="DOCUMENT", help="put it between a document's markers and not on the screen"
     )
     chosen = parser.parse_args(argv)
-    files = chosen.files or sorted(results.FOLDER.glob("*.csv"), key=lambda path: path.stem)
+    there = (path for path in results.FOLDER.glob("*.csv") if not path.stem.endswith(option_table.SUFFIX))
+    files = chosen.files or sorted(there, key=lambda path: path.stem)
     if not files:
         parser.error(f"files: expected a CSV in {folder}, found none; run `python -m benchmarks` first")
     text = "\n\n".join(section(path, chosen.write.parent if chosen.write else Path()) for path in files)
