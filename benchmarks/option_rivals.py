@@ -35,7 +35,8 @@ class StatesRival(OptionRival):
     def forward(self) -> tuple[Tensor, Any]:
         """Output, and every state by name."""
         function: Any = getattr(functional, self.problem.cell)
-        output, finals, every = function(self.x, None, self.module.all_weights, **self.options)
+        layer: Any = self.module
+        output, finals, every = function(self.x, None, layer.all_weights, backend=layer.backend, **self.options)
         pairs = (states if isinstance(states, tuple) else (states,) for states in (finals, every))
         return output, all_named(*pairs)
 
