@@ -2,17 +2,8 @@
 
 from tests.mutations import NUMBA, mutations
 
-CELLS, LANES, NORMS, RECURRENCE, FORWARD, BACKWARD = (
-    NUMBA + name
-    for name in (
-        "optional_cells.py",
-        "lanes.py",
-        "norms.py",
-        "recurrence.py",
-        "optional_forward.py",
-        "optional_backward.py",
-    )
-)
+CELLS, LANES, NORMS = (NUMBA + name for name in ("optional_cells.py", "lanes.py", "norms.py"))
+FORWARD, BACKWARD = (NUMBA + name for name in ("optional_forward.py", "optional_backward.py"))
 
 OF_OPTIONAL = [
     *mutations(

@@ -85,9 +85,10 @@ def named(mutations: list[Mutation], *marks: pytest.MarkDecorator) -> list[objec
     return [pytest.param(m, id=m.name, marks=marks) for m in mutations]
 
 
-@pytest.mark.parametrize(
-    "mutation", [*named(COMPILED), *named([*OF_CELLS, *OF_SWEEPS, *OF_OPTIONAL], pytest.mark.slow)]
-)
+LONG = [*OF_CELLS, *OF_SWEEPS, *OF_OPTIONAL]
+
+
+@pytest.mark.parametrize("mutation", [*named(COMPILED), *named(LONG, pytest.mark.slow)])
 def test_caught(mutation: Mutation, compiling: Check) -> None:
     found = compiling(mutation.file, mutated(mutation), mutation.check, mutation.cell)
     assert found > LIMIT, f"no check saw: {mutation.name}"

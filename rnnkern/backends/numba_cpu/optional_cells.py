@@ -1,6 +1,6 @@
-"""The cells of the optional sweeps, on vectors of units, as cells.py has the plain ones: the LSTM with peepholes `w_ch`,
-zoneout of c (a mask or the address of a share, lanes.py) and LayerNorm of c, the others under the same signature, and
-the GRU that resets before its last product, which is in two parts.
+"""The cells of the optional sweeps, on vectors of units, as cells.py has the plain ones: the LSTM with peepholes
+`w_ch`, zoneout of c (a mask or the address of a share, lanes.py) and LayerNorm of c, the others under the same
+signature, and the GRU that resets before its last product, which is in two parts.
 """
 
 from rnnkern.backends.numba_cpu.cells import gru_backward, gru_forward, rnn_relu_backward, rnn_tanh_backward
