@@ -310,7 +310,9 @@ def apply_layer(settings: Settings, operands: Operands) -> LayerResults:
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     # torch.jit.trace cannot keep a Python Function in what it saves: it gets the operator, and torch warns of a
     # backward through that.
-    if compat.in_transform() or (wanted and not compat.in_jit_trace()):
+    if wanted and compat.in_plain_eager():
+        y, h_n, c_n, _, cells = compat.apply(LayerFunction, *settings, *tensors)
+    elif compat.in_transform() or (wanted and not compat.in_jit_trace()):
         y, h_n, c_n, _, cells = LayerFunction.apply(*settings, *tensors)  # type: ignore[no-untyped-call]
     else:
         y, h_n, c_n, _, cells = _forward(settings, operands, save=False)

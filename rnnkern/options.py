@@ -29,6 +29,16 @@ class Options(NamedTuple):
             return self.zoneout
         return self.zoneout, self.zoneout if cell.has_c else 0.0
 
+    def at_work(self, training: bool, graded: bool) -> "Options":
+        """Those that do something in this call: dropout in training alone, recompute where there will be gradients.
+        The very record `PLAIN` where nothing is left."""
+        left = self
+        if not training:
+            left = left._replace(input_dropout=0.0, recurrent_dropout=0.0, weight_dropout=0.0)
+        if not graded:
+            left = left._replace(recompute=False)
+        return PLAIN if left == PLAIN else left
+
     def changed(self) -> dict[str, Any]:
         """Those that are not as they are by default."""
         return {name: value for name, value in self._asdict().items() if value != PLAIN._asdict()[name]}

@@ -245,8 +245,10 @@ def run(
 ) -> tuple[Any, States]:
     """What every cell's function and module does; states are tuples here whatever the cell; weights, lists of tensors
     for each layer and direction."""
+    if call.options is not PLAIN:
+        call = call._replace(options=call.options.at_work(call.training, torch.is_grad_enabled()))
     if (
-        call.options != PLAIN
+        call.options is not PLAIN
         or call.lengths is not None
         or call.reset is not None
         or call.reset_to is not None

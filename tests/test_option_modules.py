@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnkern
+from rnnkern import stack
 from rnnkern.masks import Masks, chance
 from rnnkern.options import Options
 from tests.option_layers import OPTION_BACKENDS
@@ -332,3 +333,24 @@ def test_autocast(name: str, backend: str) -> None:
     as_bfloat16 = tuple(s.bfloat16() for s in hx)
     expected = rounded(x.bfloat16(), reset=reset, reset_to=as_bfloat16 if kind == "LSTM" else as_bfloat16[0])
     assert torch.equal(y, expected[0])
+
+
+def test_an_option_that_is_not_at_work_leaves_a_plain_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout in evaluation and recompute without gradients go the short way, as calls without options do."""
+    module = rnnkern.LSTM(3, 7, input_dropout=0.5, recurrent_dropout=0.5, weight_dropout=0.5, recompute=True).eval()
+    plain = rnnkern.LSTM(3, 7)
+    plain.load_state_dict(module.state_dict())
+    x, whole = torch.randn(5, 4, 3), stack.ordinary
+    ways: list[stack.Call] = []
+
+    def spy(*args: Any) -> stack.Outcome:
+        ways.append(args[-1])
+        return whole(*args)
+
+    monkeypatch.setattr(stack, "ordinary", spy)
+    with torch.no_grad():
+        for _ in range(4):
+            assert torch.equal(module(x)[0], plain(x)[0])
+    assert len(ways) == 2
+    module(x)[0].sum().backward()
+    assert ways[-1].options.recompute
