@@ -3,6 +3,9 @@ beforehand."""
 
 import argparse
 import time
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
 
 import torch
 
@@ -21,21 +24,29 @@ def list_backends() -> None:
         print(f" (the default on {default})" if default and reason is None else "")
 
 
-def warm(cells: list[str], dtypes: list[torch.dtype]) -> None:
+def _variants(kind: str, options: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What to make a layer with for each of its kernels, and what to call that."""
+    yield "", {}
+    if options:
+        yield " with options", {"zoneout": 0.1}
+        if kind == "GRU":
+            yield " with reset_after=False", {"reset_after": False}
+
+
+def warm(cells: list[str], dtypes: list[torch.dtype], options: bool) -> None:
     """Compiles forward and backward of each cell and dtype into the kernel cache, by running them once."""
     from rnnkern.backends.numba_cpu.jit import CACHE_FOLDER
 
     modules = {"LSTM": rnnkern.LSTM, "GRU": rnnkern.GRU, "RNN": rnnkern.RNN}
     for cell in cells:
         kind, _, nonlinearity = TORCH_CELLS[cell].mode.partition("_")
-        options = {"nonlinearity": nonlinearity.lower()} if nonlinearity else {}
-        for dtype in dtypes:
+        plain = {"nonlinearity": nonlinearity.lower()} if nonlinearity else {}
+        for dtype, (name, more) in product(dtypes, list(_variants(kind, options))):
             start = time.perf_counter()
-            layer = modules[kind](1, 1, dtype=dtype, backend="numba", **options)
+            layer = modules[kind](1, 1, dtype=dtype, backend="numba", **plain, **more)
             layer(torch.zeros(1, 1, 1, dtype=dtype))[0].sum().backward()
-            print(
-                f"{cell} {str(dtype).removeprefix('torch.')}: ready in {time.perf_counter() - start:.1f} s", flush=True
-            )
+            seconds = time.perf_counter() - start
+            print(f"{cell} {str(dtype).removeprefix('torch.')}{name}: ready in {seconds:.1f} s", flush=True)
     print(
         f"kept in {CACHE_FOLDER}"
         if CACHE_FOLDER
@@ -60,9 +71,10 @@ def main() -> None:
         default=["float32"],
         help="which dtypes (default: float32)",
     )
+    parser.add_argument("--options", action="store_true", help="warm what layers with options run on, too")
     options = parser.parse_args()
     if options.warm:
-        warm(options.cells, [getattr(torch, name) for name in options.dtypes])
+        warm(options.cells, [getattr(torch, name) for name in options.dtypes], options.options)
     else:
         list_backends()
 

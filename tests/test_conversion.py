@@ -169,8 +169,10 @@ def test_command_line_lists_the_backends_and_warms() -> None:
     assert f"rnnkern {rnnkern.__version__}" in listing
     assert "numba" in listing
     assert "cuda       absent: " in listing
-    command = [sys.executable, "-m", "rnnkern", "--warm", "--cells", "rnn_relu", "--dtypes", "float64"]
-    assert "rnn_relu float64: ready in" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-m", "rnnkern", "--warm", "--cells", "rnn_relu", "--dtypes", "float64", "--options"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "rnn_relu float64: ready in" in said
+    assert "rnn_relu float64 with options: ready in" in said
 
 
 def test_import_does_not_load_numba() -> None:
