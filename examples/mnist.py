@@ -15,6 +15,7 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file, not as a module: Python then looks in examples/, not above it
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from examples.arguments import positive
 from examples.classifier import BACKENDS, CELLS
 from examples.data import DATA_DIR_VARIABLE, MNIST, load_images
 from examples.training import Result, Settings, train
@@ -62,14 +63,6 @@ def make_parser() -> argparse.ArgumentParser:
         "--runs-dir", type=Path, default=Path("runs"), metavar="R", help="where to write (default runs)"
     )
     return parser
-
-
-def positive(text: str) -> int:
-    """An integer from 1 up."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer from 1 up, got {text}")
-    return value
 
 
 if __name__ == "__main__":
