@@ -209,6 +209,12 @@ def weight_lists(
                 f"{who}: weights[{index}]: expected tensors [w_ih, w_hh], optionally with b_ih and b_hh and with w_hr, "
                 f"{last}as many as in weights[0], got {[type(w).__name__ for w in flat]}"
             )
+        if beside % 2 and flat[beside - 1].dim() == 1:
+            raise ValueError(
+                f"{who}: weights[{index}]: with {len(flat)} tensors and peephole={peephole} the one at {beside - 1} is "
+                f"weight_hr, expected (P, H), got {_shape(flat[beside - 1])}; is peephole what it was when the weights "
+                "were made? peephole=True has weight_ch (3*H,) behind those of torch.nn"
+            )
 
 
 def _states_apart(given: Sequence[Tensor] | Tensor, who: str) -> None:
@@ -261,9 +267,25 @@ def reset(given: object, rows: tuple[int, ...], bidirectional: bool, input: Tens
     _same_kind(f"{who}: reset", given, input, torch.bool)
 
 
-def no_reset(given: object, why: str) -> None:
-    if given is not None:
-        raise ValueError(f"reset: {why}; leave reset out")
+def no_reset(reset: object, reset_to: object, why: str) -> None:
+    if reset is not None or reset_to is not None:
+        raise ValueError(f"{'reset_to' if reset is None else 'reset'}: {why}")
+
+
+def tensors_of_states(name: str, given: object, count: int, who: str) -> None:
+    """Whether an argument is what it has to be before anybody looks into it: `count` tensors, or None."""
+    if given is None:
+        return
+    expected = "a pair (h, c)" if count == 2 else "one state h"
+    if isinstance(given, Tensor):
+        raise RuntimeError(f"{who}: {name}: expected {expected}, got one tensor of shape {_shape(given)}")
+    if not isinstance(given, tuple | list):
+        raise TypeError(f"{who}: {name}: expected {expected}, got {type(given).__name__}")
+    if len(given) != count:
+        raise RuntimeError(f"{who}: {name}: expected {expected}, got {len(given)} of them")
+    for state, part in zip("hc", given, strict=False):
+        if not isinstance(part, Tensor):
+            raise TypeError(f"{who}: {name} {state}: expected a tensor, got {type(part).__name__}")
 
 
 def reset_to_alone(reset: object, reset_to: object) -> None:
@@ -286,15 +308,9 @@ class ResetStates(NamedTuple):
         return [*shared, each, (self.steps, *each)]
 
 
-def reset_to(given: Sequence[Tensor] | Tensor, expected: ResetStates, input: Tensor, who: str) -> None:
-    """The argument `reset_to`."""
-    count = len(expected.units)
-    if isinstance(given, Tensor) or len(given) != count:
-        came = f"one tensor of shape {_shape(given)}" if isinstance(given, Tensor) else f"{len(given)} of them"
-        raise RuntimeError(f"{who}: reset_to: expected {'a pair (h, c)' if count == 2 else 'one state h'}, got {came}")
+def reset_to(given: Sequence[Tensor], expected: ResetStates, input: Tensor, who: str) -> None:
+    """The argument `reset_to`, after `tensors_of_states`."""
     for name, state, units in zip(("reset_to h", "reset_to c"), given, expected.units, strict=False):
-        if not isinstance(state, Tensor):
-            raise TypeError(f"{who}: {name}: expected a tensor, got {type(state).__name__}")
         shapes = expected.shapes(units)
         if _shape(state) not in shapes:
             raise RuntimeError(

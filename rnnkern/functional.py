@@ -59,7 +59,7 @@ class _RNNArguments(_Arguments, total=False):
 def _call(cell: str, who: str, input: Any, hx: States | None, weights: Sequence[Any], call: Call) -> tuple[Any, ...]:
     """Output, final states and with `return_states` all states, for arguments that anyone may have put together."""
     spec, options = CELLS[cell], call.options
-    if options != PLAIN:
+    if any(value is not plain for value, plain in zip(options, PLAIN, strict=True)):  # not ==: a value may be anything
         options = checked(kind_of(spec.mode), options)
         call = call._replace(options=options)
     directions = 2 if call.bidirectional else 1

@@ -126,5 +126,6 @@ class Option:
 
     def __set__(self, module: Any, value: object) -> None:
         if self.name in OF_WEIGHTS and value != getattr(module.options, self.name):
-            raise AttributeError(f"{self.name}: weights hang on it; make a new {type(module).__name__} with {value!r}")
+            new = f"{type(module).__name__} with {self.name}={value!r}"
+            raise AttributeError(f"{self.name}: weights hang on it; make a new {new}")
         module.options = checked(kind_of(module.mode), module.options._replace(**{self.name: value}))

@@ -88,11 +88,11 @@ def _in_autocast(stack: _Stack, input: Tensor, hx: States | None) -> tuple[_Stac
     if dtype is None:
         return stack, input, hx
 
-    def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+    def cast(t: Any) -> Any:
+        return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
 
-    def cast_all(states: States | None) -> States | None:
-        return None if states is None else tuple(map(cast, states))
+    def cast_all(states: Any) -> Any:  # what is no tuple is for the checks to refuse
+        return tuple(map(cast, states)) if isinstance(states, tuple | list) else states
 
     call = stack.call._replace(reset_to=cast_all(stack.call.reset_to))
     stack = stack._replace(weights=[w.map(cast) for w in stack.weights], call=call)
@@ -273,12 +273,14 @@ def ordinary(
 ) -> Outcome:
     """A call with all its checks."""
     checks.backend_name(call.backend, backend_names())
+    if isinstance(input, PackedSequence):
+        checks.no_lengths(call.lengths, "a PackedSequence has its own")
+        checks.no_reset(call.reset, call.reset_to, "a PackedSequence has no place for it; pad the input, give lengths")
     checks.reset_to_alone(call.reset, call.reset_to)
+    checks.tensors_of_states("reset_to", call.reset_to, CELLS[cell].states, who)
     spec, options, packed = CELLS[cell_name(cell, call.options)], call.options, isinstance(input, PackedSequence)
     named = [named_weights(spec, flat, options.peephole, options.layer_norm) for flat in weights]
     stack = _Stack(spec, who, named, call._replace(batch_first=call.batch_first and not packed))
     if isinstance(input, PackedSequence):
-        checks.no_lengths(call.lengths, "a PackedSequence has its own")
-        checks.no_reset(call.reset, "a PackedSequence has no place for it; pad the input and give lengths")
         return _run_packed(stack, input, hx)
     return _run_padded(stack, input, hx)

@@ -188,8 +188,10 @@ def test_calls_of_other_forms(kind: str) -> None:
     with pytest.raises(RuntimeError, match=r"reset_to h: .* \(2, 5\), \(5, 2, 5\), got \(2, 1, 5\)"):
         module(x[0], reset=no_reset(T), reset_to=states(kind, L, 1))
     packed = pack_padded_sequence(x, torch.tensor([5, 2, 3, 1]), batch_first=True, enforce_sorted=False)
-    with pytest.raises(ValueError, match=r"^reset: a PackedSequence .*give lengths; leave reset out"):
+    with pytest.raises(ValueError, match=r"^reset: a PackedSequence .*give lengths$"):
         module(packed, reset=no_reset(B, T))
+    with pytest.raises(ValueError, match=r"^reset_to: a PackedSequence .*give lengths$"):
+        module(packed, reset_to=states(kind, L, 1))
     both = getattr(rnnkern, kind)(I, H, bidirectional=True)
     with pytest.raises(ValueError, match=f"{kind}: reset: a bidirectional layer"):
         both(x.transpose(0, 1), reset=no_reset())
@@ -209,6 +211,20 @@ def test_a_pair_of_reset_states() -> None:
             module(x, reset=no_reset(), reset_to=given)
     with pytest.raises(TypeError, match="reset_to c: expected a tensor, got NoneType"):
         module(x, reset=no_reset(), reset_to=(h, None))
+    with pytest.raises(TypeError, match=r"reset_to: expected a pair \(h, c\), got int"):
+        module(x, reset=no_reset(), reset_to=3)
+
+
+@pytest.mark.parametrize("given", [torch.zeros(2, L, 1, H), (1, 2), 3], ids=["tensor", "numbers", "number"])
+def test_autocast_does_not_hide_what_states_are_not(given: Any) -> None:
+    module, x = rnnkern.LSTM(I, H, num_layers=L), torch.zeros(T, B, I)
+    ordinary = outcome(lambda: module(x, reset=no_reset(), reset_to=given))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = outcome(lambda: module(x, reset=no_reset(), reset_to=given))
+        of_hx = outcome(lambda: module(x, torch.zeros(2, L, B, H)))
+    assert isinstance(found, (RuntimeError, TypeError))
+    assert str(found) == str(ordinary)
+    assert "hx: expected a pair (h0, c0)" in str(of_hx)
 
 
 @every_kind
@@ -230,10 +246,25 @@ def test_lists_of_weights(kind: str) -> None:
         function(x, None, other, **options)
     if kind == "LSTM":
         seen = rnnkern.LSTM(I, H, peephole=True).all_weights
-        with pytest.raises(RuntimeError, match=r"^weight_hr: expected \(5, 5\)"):
+        with pytest.raises(
+            ValueError, match=r"peephole=False the one at 4 is weight_hr, expected \(P, H\), got \(15,\)"
+        ):
             function(x, None, seen)
+        with pytest.raises(
+            ValueError, match=r"peephole=True the one at 2 is weight_hr, expected \(P, H\), got \(20,\)"
+        ):
+            function(x, None, plain, peephole=True)
         with pytest.raises(RuntimeError, match=r"^weight_ch: expected \(15,\)"):
             function(x, None, [[*plain[0], plain[0][2]]], peephole=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"zoneout": torch.tensor([0.1, 0.2])}, {"zoneout": False}, {"layer_norm": 0}], ids=str
+)
+def test_functions_check_what_looks_like_a_default(options: dict[str, Any]) -> None:
+    weights = rnnkern.LSTM(I, H).all_weights
+    with pytest.raises((ValueError, TypeError), match=f"^{next(iter(options))}: expected "):
+        rnnkern.functional.lstm(torch.zeros(T, B, I), None, weights, **options)
 
 
 @pytest.mark.parametrize(("function", "argument"), [("gru", "peephole"), ("rnn", "peephole"), ("rnn", "reset_after")])

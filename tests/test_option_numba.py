@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import rnnkern
 from rnnkern import reference
 from rnnkern.backends import numba_cpu
 from rnnkern.cells import Weights
@@ -57,3 +58,13 @@ def test_single_precision(name: str) -> None:
         check(part, own, theirs, limit.forward)
     for i, (own, theirs) in enumerate(zip(got, wanted, strict=True)):
         check(f"gradient {i}", own, theirs, limit.gradient)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    """Numbers that a call makes for itself lie where its input does."""
+    module, x = rnnkern.LSTM(5, 4, zoneout=0.3, backend="numba").eval(), torch.randn(4, 3, 5)
+    lengths = torch.tensor([2, 4, 1])
+    with torch.no_grad():
+        expected = module(x, lengths=lengths)[0]
+        with torch.device("meta"):
+            assert torch.equal(module(x, lengths=lengths)[0], expected)

@@ -129,7 +129,7 @@ def test_options_as_attributes() -> None:
     module.zoneout, module.recurrent_dropout, module.recompute = 0.5, 1, True
     assert module.options == Options(zoneout=0.5, recurrent_dropout=1.0, layer_norm=True, recompute=True)
     module.layer_norm = True
-    with pytest.raises(AttributeError, match="peephole: weights hang on it; make a new LSTM with True"):
+    with pytest.raises(AttributeError, match="peephole: weights hang on it; make a new LSTM with peephole=True"):
         module.peephole = True
     with pytest.raises(ValueError, match="zoneout of c: expected a probability"):
         module.zoneout = (0.5, 2)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rnnkern.backends import Layer, Saved, States
@@ -23,7 +22,7 @@ from rnnkern.backends.numba_cpu.vector import VECTOR_BYTES
 
 def named_extras(layer: Layer) -> Iterator[tuple[str, Tensor | None]]:
     """The tensors of a call that only optional plans have, by the names that they give them."""
-    extras, item = layer.extras, layer.x.dtype
+    extras = layer.extras
     yield "input_mask", extras.input_mask
     yield "recurrent_mask", extras.recurrent_mask
     yield "zone_h", extras.zoneout_mask_h
@@ -31,8 +30,8 @@ def named_extras(layer: Layer) -> Iterator[tuple[str, Tensor | None]]:
     yield "reset", extras.reset
     yield "reset_h", extras.reset_h
     yield "reset_c", extras.reset_c
-    yield "share_h", torch.tensor(extras.zoneout_h, dtype=item) if extras.zoneout_h else None
-    yield "share_c", torch.tensor(extras.zoneout_c, dtype=item) if extras.zoneout_c else None
+    yield "share_h", layer.x.new_full((), extras.zoneout_h) if extras.zoneout_h else None
+    yield "share_c", layer.x.new_full((), extras.zoneout_c) if extras.zoneout_c else None
 
 
 class _OptionalPlan(Plan):

@@ -115,8 +115,8 @@ class Cut:
         parts = max(1, min(parts, self.batch, (self.batch + 1) // LEAST_SEQUENCES))
         edges = [self.batch * part // parts for part in range(parts + 1)]
         if layer.batch_sizes is not None and parts > 1:
-            lengths = (layer.batch_sizes.unsqueeze(1) > torch.arange(self.batch)).sum(0)
-            goals = torch.tensor([self.total * part // parts for part in range(1, parts)])
+            lengths = (layer.batch_sizes.unsqueeze(1) > torch.arange(self.batch, device="cpu")).sum(0)
+            goals = torch.tensor([self.total * part // parts for part in range(1, parts)], device="cpu")
             edges[1:-1] = (torch.searchsorted(lengths.cumsum(0), goals) + 1).tolist()  # with the one that crosses it
         spans = [(first, last) for first, last in pairwise(edges) if first < last]
         return [Share(d, *span, place) for d in range(directions) for place, span in enumerate(spans)]
