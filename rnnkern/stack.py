@@ -16,7 +16,7 @@ from rnnkern import checks, masks, shortcut
 from rnnkern.autograd import LayerResults, apply_layer
 from rnnkern.backends import backend_names
 from rnnkern.cells import CELLS, CellSpec, Weights, named_weights
-from rnnkern.compat import autocast_dtype
+from rnnkern.compat import autocast_dtype, in_jit_trace
 from rnnkern.layer import Operands, Settings
 from rnnkern.options import PLAIN, Options, cell_name
 
@@ -246,7 +246,8 @@ def run(
     """What every cell's function and module does; states are tuples here whatever the cell; weights, lists of tensors
     for each layer and direction."""
     if call.options is not PLAIN:
-        call = call._replace(options=call.options.at_work(call.training, torch.is_grad_enabled()))
+        graded = torch.is_grad_enabled() or in_jit_trace()  # a trace is of both kinds of calls
+        call = call._replace(options=call.options.at_work(call.training, graded))
     if (
         call.options is not PLAIN
         or call.lengths is not None

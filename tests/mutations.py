@@ -126,8 +126,8 @@ PYTHON = [
                 'self.at(f"{field}.base", field, 0)',
             ),
             "both directions have the same weights": (
-                'self.at(f"{name}.base", f"{name}{d}")',
-                'self.at(f"{name}.base", f"{name}0")',
+                'self.matrix("w_hh", f"w_hh{d}", w.weight_hh, self._panels(self.gates, self.hidden, self.outputs))',
+                'self.matrix("w_hh", "w_hh0", w.weight_hh, self._panels(self.gates, self.hidden, self.outputs))',
             ),
         },
     ),
@@ -137,8 +137,8 @@ PYTHON = [
         "gru",
         {
             "both directions write the same gates": (
-                'self.at(f"{field}.base", field, d * tensor.stride(-2) * self.item)',
-                'self.at(f"{field}.base", field, 0)',
+                'self.at(f"{field}.base", field, d * tensor.stride(-2) * self.item)\n        if self.ragged',
+                'self.at(f"{field}.base", field, 0)\n        if self.ragged',
             ),
             "saved rows of lengths where they would be padded": (
                 "        if self.ragged:\n            return Rows",
