@@ -67,6 +67,8 @@ def main() -> int:
 
     for dtype in (torch.float16, torch.bfloat16):  # how close these are is for other tests to say
         TOLERANCES[dtype] = Tolerance(0.1, 0.1)
+    if chosen.options:  # LayerNorm amplifies rounding, now more and now less: tests/test_cuda_options.py judges
+        TOLERANCES[torch.float32] = Tolerance(1e-4, 1e-4)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills buffers with NaN
     torch.backends.cudnn.rnn.fp32_precision = "ieee"  # type: ignore[attr-defined]
