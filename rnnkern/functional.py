@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import checks
 from rnnkern.cells import CELLS
-from rnnkern.options import PLAIN, Options, Zoneout, checked, kind_of
+from rnnkern.options import PLAIN, Options, Zoneout, checked, kind_of, looks_plain
 from rnnkern.stack import Call, LayerWeights, States, one_state, ordinary, run
 
 if TYPE_CHECKING:
@@ -58,10 +58,9 @@ class _RNNArguments(_Arguments, total=False):
 
 def _call(cell: str, who: str, input: Any, hx: States | None, weights: Sequence[Any], call: Call) -> tuple[Any, ...]:
     """Output, final states and with `return_states` all states, for arguments that anyone may have put together."""
-    spec, options = CELLS[cell], call.options
-    if any(value is not plain for value, plain in zip(options, PLAIN, strict=True)):  # not ==: a value may be anything
-        options = checked(kind_of(spec.mode), options)
-        call = call._replace(options=options)
+    spec = CELLS[cell]
+    options = PLAIN if looks_plain(call.options) else checked(kind_of(spec.mode), call.options)
+    call = call._replace(options=options)
     directions = 2 if call.bidirectional else 1
     checks.weight_lists(weights, directions, spec, options.peephole, options.layer_norm, who)
     if call.return_states:

@@ -48,7 +48,8 @@ class Options(NamedTuple):
         return "".join(f", {name}={value!r}" for name, value in self.changed().items())
 
 
-PLAIN = Options()
+PLAIN = Options()  # this very record wherever nothing is asked for, so that calls need not compare
+_KINDS = tuple(map(type, PLAIN))
 
 PROBABILITIES = ("input_dropout", "recurrent_dropout", "weight_dropout", "zoneout")
 # Weights come and go with these: they are settled when a module is made.
@@ -71,6 +72,11 @@ def cell_name(mode_name: str, options: Options) -> str:
     return mode_name if options.reset_after else f"{mode_name}_reset_before"
 
 
+def looks_plain(options: Options) -> bool:
+    """Whether unchecked options are the defaults. Types come first: a value may be anything, and need not compare."""
+    return tuple(map(type, options)) == _KINDS and options == PLAIN
+
+
 def checked(kind: str, options: Options) -> Options:
     """The options of an LSTM, GRU or RNN, numbers as floats.
 
@@ -89,12 +95,13 @@ def checked(kind: str, options: Options) -> Options:
             "layer_norm: LayerNorm of W_hh h is not defined with reset_after=False, whose last gate has another "
             "product; leave one of the two out"
         )
-    return options._replace(
+    found = options._replace(
         input_dropout=_probability("input_dropout", options.input_dropout),
         recurrent_dropout=_probability("recurrent_dropout", options.recurrent_dropout),
         weight_dropout=_probability("weight_dropout", options.weight_dropout),
         zoneout=_zoneout(kind, options.zoneout),
     )
+    return PLAIN if found == PLAIN else found
 
 
 def _probability(name: str, value: Any) -> float:
