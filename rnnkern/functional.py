@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 from rnnkern import checks
 from rnnkern.cells import CELLS
 from rnnkern.options import PLAIN, Options, Zoneout, checked, kind_of, looks_plain
-from rnnkern.stack import Call, LayerWeights, States, one_state, ordinary, run
+from rnnkern.stack import Call, LayerWeights, one_state, run
+from rnnkern.views import States
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -63,8 +64,6 @@ def _call(cell: str, who: str, input: Any, hx: States | None, weights: Sequence[
     call = call._replace(options=options)
     directions = 2 if call.bidirectional else 1
     checks.weight_lists(weights, directions, spec, options.peephole, options.layer_norm, who)
-    if call.return_states:
-        return ordinary(cell, who, input, hx, weights, call)
     return run(cell, who, input, hx, weights, call)
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import dropout as drop
 
 from rnnkern.cells import CellSpec, Weights
 from rnnkern.options import Options
@@ -45,6 +46,14 @@ def factors(p: float, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
     if dropped is None:
         return None
     return (~dropped).to(like.dtype) * (0.0 if p == 1 else 1 / (1 - p))
+
+
+def drop_between(p: float, x: Tensor, batch_first: bool) -> Tensor:
+    """Dropout of what one layer gives the next, (T, B, n) or packed (N, n), drawn in this order whatever the layout in
+    memory: the same mask as torch.nn's for a seed."""
+    if batch_first:
+        return x * drop(torch.ones_like(x, memory_format=torch.contiguous_format), p, training=True)
+    return drop(x, p, training=True)
 
 
 def draw(cell: CellSpec, options: Options, x: Tensor, batch: int, weights: Sequence[Weights]) -> Masks:

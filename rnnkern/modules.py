@@ -17,8 +17,9 @@ from rnnkern import checks
 from rnnkern.cells import CELL_OF_MODE, CELLS, own_weight_names, weight_shapes
 from rnnkern.module_base import Shared, attributes
 from rnnkern.options import PLAIN, Option, Options, Zoneout, checked, kind_of
-from rnnkern.stack import Call, States, one_state, run
+from rnnkern.stack import Call, one_state, run
 from rnnkern.step_modules import GRUCell, LSTMCell, RNNCell
+from rnnkern.views import States
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 

@@ -1,4 +1,5 @@
-"""Plans of whole calls: without gradients the backend's own, with gradients an autograd Function for each layer."""
+"""Plans of whole calls: the backend's own for plain ones without gradients, else one layer after the other, with
+gradients as autograd Functions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,57 +7,129 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnkern import compat
+from rnnkern import compat, masks, views
 from rnnkern.autograd import LayerGradient, refuse_batched
-from rnnkern.backends import Cotangents, LayerPlan, select
-from rnnkern.layer import Settings, plain_operands
+from rnnkern.backends import Cotangents, Extras, Given, LayerPlan, select
+from rnnkern.cells import split_directions
+from rnnkern.layer import Operands, Settings
+from rnnkern.options import PLAIN
 from rnnkern.shortcut import Form, Plan
+from rnnkern.views import States
 
 
-def make_plan(form: Form, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Plan | None:
+def make_plan(
+    form: Form, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], resets: Sequence[Tensor]
+) -> Plan | None:
     """A plan for calls like this one, if the backend makes one."""
-    backend = select(form.backend, x.device)
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *weights))):
-        return backend.inference_plan(form, x, states, weights)
-    return TrainingCall.make(form, x, states, weights)
+    graded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *weights, *resets))
+    if form.plain and not graded:
+        return select(form.backend, x.device).inference_plan(form, x, states, weights)
+    return LayeredCall.make(form, graded, x, states, weights, resets)
 
 
-class TrainingCall:
-    """A call with gradients: one Function for each layer."""
+class LayeredCall:
+    """A call layer by layer, with options or gradients or both."""
 
-    def __init__(self, form: Form, plans: Sequence[LayerPlan]) -> None:
-        self.form, self.plans = form, plans
+    def __init__(self, form: Form, graded: bool) -> None:
+        self.form, self.plain, self.graded = form, form.plain, graded
+        self.plans: list[LayerPlan] = []
 
     @classmethod
-    def make(cls, form: Form, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> "TrainingCall | None":
+    def make(
+        cls,
+        form: Form,
+        graded: bool,
+        x: Tensor,
+        states: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        resets: Sequence[Tensor],
+    ) -> "LayeredCall | None":
         """From tensors that look like those of the calls to come; None if the backend has no plan for a layer."""
-        backend, count = select(form.backend, x.device), len(weights) // form.layers
-        plans, one = [], form._replace(layers=1)
-        for k in range(form.layers):
-            part = slice(k * form.directions, (k + 1) * form.directions)
-            initial = states if form.layers == 1 else [state[part].detach() for state in states]
-            plan = backend.layer_plan(one, x.detach(), initial, weights[k * count : (k + 1) * count])
-            if plan is None:
-                return None
-            plans.append(plan)
-            x = x.new_empty(plan.y_shape)
-        return cls(form, plans)
+        backend, one, call = select(form.backend, x.device), form._replace(layers=1), cls(form, graded)
+        flow = x
+        with torch.no_grad(), torch.random.fork_rng(devices=()):  # masks to look at: the next call draws the same ones
+            reset, reset_to = call._resets(x, resets)
+            for k in range(form.layers):
+                given = call._given(k, call._between(k, flow, x), x, states, weights, reset, reset_to)
+                plan = backend.layer_plan(one, given, graded)
+                if plan is None:
+                    return None
+                call.plans.append(plan)
+                flow = x.new_empty(plan.y_shape)
+        return call
 
     def __call__(
-        self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Output and final states."""
-        if len(self.plans) == 1:
+        self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], resets: Sequence[Tensor] = ()
+    ) -> tuple[Any, ...]:
+        """Output and final states, and with `return_states` all states."""
+        if self.plain and len(self.plans) == 1:
             results = compat.apply(PlannedLayer, self.plans[0], x, *states, *weights)
             return results[0], results if self.form.step else results[1:]
-        count, directions = len(weights) // len(self.plans), self.form.directions
-        parts = []
+        form, count, flow = self.form, self.form.spec.states, x
+        reset, reset_to = self._resets(x, resets)
+        outputs: list[Tensor] = []
+        finals: list[States] = []
+        cells: list[Tensor] = []
         for k, plan in enumerate(self.plans):
-            initial = [state[k * directions : (k + 1) * directions] for state in states]
-            own = weights[k * count : (k + 1) * count]
-            x, *finals = compat.apply(PlannedLayer, plan, x, *initial, *own)
-            parts.append(finals)
-        return x, tuple(torch.cat(part) for part in zip(*parts, strict=True))
+            given = self._given(k, self._between(k, flow, x), x, states, weights, reset, reset_to).flat()
+            results = compat.apply(PlannedLayer, plan, *given) if self.graded else plan.forward(given)[0]
+            flow = results[0]
+            outputs.append(flow)
+            finals.append(results[1 : 1 + count])
+            cells += results[1 + count :]
+        joined = finals[0] if len(finals) == 1 else tuple(torch.cat(part) for part in zip(*finals, strict=True))
+        if not form.return_states:
+            return flow, joined
+        every = views.all_states(form.directions, [form.rows(y, x) for y in outputs], [form.rows(c, x) for c in cells])
+        return flow, joined, tuple(s.squeeze(2) for s in every) if x.dim() == 2 else every
+
+    def _resets(self, x: Tensor, resets: Sequence[Tensor]) -> tuple[Tensor | None, States | None]:
+        """`reset` and `reset_to` as layers see them."""
+        if not resets:
+            return None, None
+        unbatched, batch_first = x.dim() == 2, self.form.batch_first
+        batch = 1 if unbatched else x.shape[0 if batch_first else 1]
+        reset = views.reset_rows(resets[0], batch_first, unbatched)
+        return reset, views.reset_states(tuple(resets[1:]), batch, unbatched) if len(resets) > 1 else None
+
+    def _between(self, k: int, flow: Tensor, x: Tensor) -> Tensor:
+        """What layer k gets of what the one before gave."""
+        form = self.form
+        if k == 0 or not form.dropout:
+            return flow
+        return form.rows_back(masks.drop_between(form.dropout, form.rows(flow, x), form.batch_first), x)
+
+    def _given(
+        self,
+        k: int,
+        flow: Tensor,
+        x: Tensor,
+        states: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        reset: Tensor | None,
+        reset_to: States | None,
+    ) -> Given:
+        """The tensors of layer k, masks drawn."""
+        form, options, directions = self.form, self.form.options, self.form.directions
+        count = len(weights) // form.layers
+        own = weights[k * count : (k + 1) * count]
+        initial = states if form.layers == 1 else [s[k * directions : (k + 1) * directions] for s in states]
+        if self.plain:
+            return Given(flow, initial, own)
+        drawn = masks.Masks()
+        if form.training and options is not PLAIN:
+            named = split_directions(form.spec, own, directions, options.peephole, options.layer_norm)
+            rows = form.rows(flow, x)
+            drawn = masks.draw(form.spec, options, rows, rows.shape[1], named)
+            own = [t for w in masks.drop_weights(named, drawn) for t in w.present()]
+        zones = (0.0, 0.0) if form.training else options.zones(form.spec)
+        of_resets = views.reset_states_of(reset_to, k)
+        every = form.return_states and form.spec.has_c
+        zone_masks = drawn.zoneout_h, drawn.zoneout_c
+        extras = Extras(
+            drawn.input, drawn.recurrent, *zone_masks, reset, *of_resets, *zones, options.recompute, states=every
+        )
+        return Given(flow, initial, own, extras)
 
 
 def looks(tensors: Sequence[Tensor]) -> list[object]:
@@ -65,11 +138,12 @@ def looks(tensors: Sequence[Tensor]) -> list[object]:
 
 
 class PlannedLayer(torch.autograd.Function):
-    """(y, h_n, c_n) of a layer with a plan, (h, c) of a step: what LayerFunction is, in calls that nothing watches."""
+    """(y, h_n, c_n, cells) of a layer with a plan, (h, c) of a step: what LayerFunction is, in calls that nothing
+    watches."""
 
     @staticmethod
     def forward(ctx: Any, plan: LayerPlan, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Runs the plan; `tensors` are x, the initial states if there are any, and the weights."""
+        """Runs the plan; `tensors` are those of `Given.flat`."""
         outputs, saved = plan.forward(tensors)
         ctx.plan, ctx.count = plan, len(tensors)
         ctx.set_materialize_grads(False)
@@ -86,42 +160,58 @@ class PlannedLayer(torch.autograd.Function):
         refuse_batched(grads)
         changed = ctx.form != looks(kept)  # by hooks on saved tensors
         if changed or torch.is_grad_enabled() or not compat.PLAIN_OR_NONE.issuperset(map(type, (*kept, *grads))):
-            return (None, *_again(plan, tensors, saved, grads, needs))
+            return (None, *_again(plan, plan.split(tensors), saved, grads, needs))
         return (None, *plan.backward(tensors, saved, grads, needs))
 
 
-def _again(
-    plan: LayerPlan,
-    tensors: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """The gradients the ordinary way, which can be differentiated in its turn."""
-    form, x = plan.form, tensors[0]
-    rows, weights = form.rows(x, x), tensors[len(tensors) - plan.weight_count :]
-    given = list(tensors[1 : len(tensors) - len(weights)])
-    states: list[Tensor | None] = [form.state(state, x) for state in given]
-    if not given:
+def _operands(plan: LayerPlan, given: Given) -> Operands:
+    """The tensors of a planned layer in the form of an ordinary call."""
+    form, x, extras = plan.form, given.x, given.extras
+    states: list[Tensor | None] = [form.state(state, x) for state in given.states]
+    if not states:
         shapes = (plan.h_shape, plan.c_shape)[: form.spec.states]
         states = [form.state(x.new_zeros(shape), x) for shape in shapes]
+    *fixed, reset_h, reset_c = extras.tensors()
     states += [None] * (2 - len(states))
-    nothing = x.new_zeros(plan.y_shape)
-    y, gates, cells = (form.rows(t, x) for t in plan.kept(saved, nothing))
-    dy, dh_n, dc_n = plan.of_results(grads)
-    of_results = (
-        None if dy is None else form.rows(dy, x),
-        *(None if g is None else form.state(g, x) for g in (dh_n, dc_n)),
+    tensors: list[Any] = [None, None, *fixed, form.rows(x, x), *states, reset_h, reset_c]
+    return Operands(*tensors, tuple(given.weights))  # type: ignore[call-arg]
+
+
+def _again(
+    plan: LayerPlan, given: Given, saved: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients the ordinary way, which can be differentiated in its turn."""
+    form, x, extras, options = plan.form, given.x, given.extras, plan.form.options
+    operands = _operands(plan, given)
+    settings = Settings(
+        form.cell,
+        form.backend,
+        form.batch_first and x.dim() == 3,
+        options.peephole,
+        options.layer_norm,
+        *extras[7:],
     )
-    of_states = [*needs[1 : 1 + len(given)], False, False][:2]
-    wanted = (needs[0], *of_states, False, False, *needs[1 + len(given) :])
-    settings = Settings(form.cell, form.backend, form.batch_first and x.dim() == 3)
-    operands = plain_operands(rows, states[0], states[1], tuple(weights))  # type: ignore[arg-type]
+    y, gates, cells = (form.rows(t, x) for t in plan.kept(saved, x.new_zeros(plan.y_shape)))
+    of = plan.of_results(grads)
+    cotangents = Cotangents(
+        None if of.y is None else form.rows(of.y, x),
+        None if of.h_n is None else form.state(of.h_n, x),
+        None if of.c_n is None else form.state(of.c_n, x),
+        None if of.cells is None else form.rows(of.cells, x),
+    )
+    need = plan.split(needs)
+    of_states = (*need.states, False, False)[:2]
+    of_resets = [bool(wanted) for wanted in (need.extras.reset_h, need.extras.reset_c)]
+    wanted = (need.x, *of_states, *of_resets, *need.weights)
     found = iter(
         LayerGradient.apply(  # type: ignore[no-untyped-call]
-            *settings, wanted, *operands.flat(), y, gates, cells, *Cotangents(*of_results)
+            *settings, wanted, *operands.flat(), y, gates, cells, *cotangents
         )
     )
-    results: list[Tensor | None] = [form.rows_back(next(found), x) if needs[0] else None]
-    results += [form.state_back(next(found), x) if need else None for need in needs[1 : 1 + len(given)]]
-    return results + [next(found) if need else None for need in needs[1 + len(given) :]]
+    dx = form.rows_back(next(found), x) if need.x else None
+    dstates = [form.state_back(next(found), x) if of_state else None for of_state in need.states]
+    dresets = [next(found) if of_reset else None for of_reset in of_resets]
+    dweights = [next(found) if of_weight else None for of_weight in need.weights]
+    masks_and_reset = [None for t in extras.tensors()[:5] if t is not None]
+    given_resets = [g for g, t in zip(dresets, extras.tensors()[5:], strict=True) if t is not None]
+    return [dx, *dstates, *dweights, *masks_and_reset, *given_resets]

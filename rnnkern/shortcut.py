@@ -2,7 +2,8 @@
 
 What a call is checked for, and how a backend lays it out, depends on its arguments' shapes, strides, dtypes and the
 like, never on their numbers or addresses. So when the same description comes by again, a plan that the backend made
-for it runs the call: about 10 us of Python instead of 80. Nothing of the weights is kept. Whatever is not plain memory
+for it runs the call: about 10 us of Python instead of 80. Nothing of the weights is kept, and masks are drawn anew at
+each call. Whatever is not plain memory
 in undisturbed eager mode (tracers, subclasses, autocast, torch.func ...) goes the ordinary way, and so do first calls.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from rnnkern import compat
 from rnnkern.cells import CELLS, CellSpec
+from rnnkern.options import PLAIN, Options
 
 
 class Form(NamedTuple):
@@ -25,11 +27,21 @@ class Form(NamedTuple):
     directions: int
     batch_first: bool
     step: bool  # of a *Cell module: x is one step, and the output is the state h
+    options: Options = PLAIN  # those that do something in this call
+    training: bool = False  # masks are drawn
+    dropout: float = 0.0  # between layers, in training
+    resets: int = 0  # how many tensors `reset` and `reset_to` are
+    return_states: bool = False
 
     @property
     def spec(self) -> CellSpec:
         """The cell's entry in the table."""
         return CELLS[self.cell]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the cell's equations are all there is, for each layer and from one to the next."""
+        return self[6:] == _PLAIN_FORM
 
     def rows(self, t: Tensor, x: Tensor) -> Tensor:
         """A tensor (..., n) of as many rows as the input x, as (T, B, n)."""
@@ -71,13 +83,17 @@ class Form(NamedTuple):
         return (self.layers * self.directions, *batch, units)
 
 
+_PLAIN_FORM = (PLAIN, False, 0.0, 0, False)
+
+
 class Plan(Protocol):
     """What is made of a form and of tensors that look like those of calls to come."""
 
     def __call__(
-        self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Output and final states; without initial `states` they are zero."""
+        self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], resets: Sequence[Tensor] = ()
+    ) -> tuple[Any, ...]:
+        """Output and final states, and with `return_states` all states; without initial `states` they are zero.
+        `resets` are `reset` and the states of `reset_to`."""
 
 
 # What has come by so far. By description: None for once, or where there is no plan.
@@ -85,12 +101,14 @@ _plans: dict[Hashable, Plan | None] = {}
 MOST_KNOWN = 1024
 
 
-def describe(form: tuple[Any, ...], x: object, states: object, weights: Sequence[Tensor]) -> Hashable:
+def describe(
+    form: tuple[Any, ...], x: object, states: object, weights: Sequence[Tensor], resets: tuple[Any, ...] = ()
+) -> Hashable:
     """All that a plan depends on; None where the call must go the ordinary way. Nothing has been checked yet, except
     that no compiler is at work. `form` has the fields of a Form."""
     if not compat.is_undisturbed() or not (states is None or type(states) is tuple):
         return None
-    tensors: tuple[Any, ...] = (x, *weights) if states is None else (x, *states, *weights)
+    tensors: tuple[Any, ...] = (x, *weights, *resets) if states is None else (x, *states, *weights, *resets)
     graded, plain = torch.is_grad_enabled(), compat.PLAIN_TYPES
     # The two ways save different tensors, and checkpoint wants to see the same ones at its second run, which may come
     # when there is a plan that there was not at the first.
@@ -113,7 +131,12 @@ def find(description: Hashable) -> Plan | None:
 
 
 def learn(
-    description: Hashable, form: tuple[Any, ...], x: Any, states: Sequence[Tensor] | None, weights: Sequence[Tensor]
+    description: Hashable,
+    form: tuple[Any, ...],
+    x: Any,
+    states: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    resets: Sequence[Tensor] = (),
 ) -> None:
     """Takes note of a call that has gone the ordinary way; from the second on there is a plan, if the backend makes
     one."""
@@ -124,6 +147,6 @@ def learn(
     if description in _plans:
         from rnnkern.planned import make_plan  # here, since it needs what this module gives
 
-        _plans[description] = make_plan(Form(*form), x, states or (), weights)
+        _plans[description] = make_plan(Form(*form), x, states or (), weights, resets)
     else:
         _plans[description] = None

@@ -9,19 +9,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout as drop
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from rnnkern import checks, masks, shortcut
+from rnnkern import checks, masks, shortcut, views
 from rnnkern.autograd import LayerResults, apply_layer
 from rnnkern.backends import backend_names
 from rnnkern.cells import CELLS, CellSpec, Weights, named_weights
 from rnnkern.compat import autocast_dtype, in_jit_trace
 from rnnkern.layer import Operands, Settings
 from rnnkern.options import PLAIN, Options, cell_name
+from rnnkern.views import States
 
 LayerWeights = Sequence[Sequence[Tensor]]
-States = tuple[Tensor, ...]
 
 
 class Call(NamedTuple):
@@ -99,14 +98,6 @@ def _in_autocast(stack: _Stack, input: Tensor, hx: States | None) -> tuple[_Stac
     return stack, cast(input), cast_all(hx)
 
 
-def _dropout(call: Call, x: Tensor) -> Tensor:
-    """Dropout of x (T, B, n) or (N, n), drawn in this order whatever the layout in memory: the same mask as torch.nn's
-    for a seed."""
-    if call.batch_first:
-        return x * drop(torch.ones_like(x, memory_format=torch.contiguous_format), call.dropout, training=True)
-    return drop(x, call.dropout, training=True)
-
-
 def _operands(stack: _Stack, layer: int, x: Tensor, hx: States, batch_sizes: Tensor | None) -> Operands:
     """Those of one layer, masks drawn; x (T, B, n) or packed rows."""
     call, cell, count = stack.call, stack.cell, stack.directions
@@ -116,7 +107,6 @@ def _operands(stack: _Stack, layer: int, x: Tensor, hx: States, batch_sizes: Ten
     if call.training and call.options != PLAIN:
         drawn = masks.draw(cell, call.options, x, hx[0].shape[1], weights)
         weights = masks.drop_weights(weights, drawn)
-    resets = [s[layer] if s.dim() == 3 else s[:, layer] for s in call.reset_to or ()]
     return Operands(
         call.lengths,
         batch_sizes,
@@ -128,8 +118,7 @@ def _operands(stack: _Stack, layer: int, x: Tensor, hx: States, batch_sizes: Ten
         x,
         hx[0][part],
         hx[1][part] if cell.has_c else None,
-        resets[0] if resets else None,
-        resets[1] if resets and cell.has_c else None,
+        *views.reset_states_of(call.reset_to, layer),
         tuple(t for w in weights for t in w.present()),
     )
 
@@ -144,7 +133,7 @@ def _layers(
     kept: list[LayerResults] = []
     for layer in range(len(stack.weights) // stack.directions):
         if layer and call.dropout and call.training:
-            x = _dropout(call, x)
+            x = masks.drop_between(call.dropout, x, call.batch_first)
         results = apply_layer(settings, _operands(stack, layer, x, hx, batch_sizes))
         x = results.y
         finals.append((results.h_n,) if results.c_n is None else (results.h_n, results.c_n))
@@ -168,23 +157,21 @@ def _all_states(stack: _Stack, layers: list[LayerResults], packed: PackedSequenc
     """Every state of every step, (T, layers*directions, B, n), from what the layers gave; sequences of packed rows in
     the order of hx."""
 
-    def grid(rows: Tensor) -> Tensor:
-        """(T, B, D*n), or packed (N, D*n), as (T, D, B, n)."""
-        if packed is not None:
-            rows, _ = pad_packed_sequence(packed._replace(data=rows))
-        return rows.view(*rows.shape[:2], stack.directions, rows.shape[-1] // stack.directions).transpose(1, 2)
+    def padded(rows: Tensor) -> Tensor:
+        return rows if packed is None else pad_packed_sequence(packed._replace(data=rows))[0]
 
-    found = [[grid(results.y) for results in layers]]
-    if stack.cell.has_c:
-        found.append([grid(results.cells.flatten(-2)) for results in layers if results.cells is not None])
-    return tuple(torch.cat(grids, 1) for grids in found if grids)
+    cells = [padded(results.cells) for results in layers if results.cells is not None]
+    return views.all_states(stack.directions, [padded(results.y) for results in layers], cells)
 
 
 def _run_packed(stack: _Stack, input: PackedSequence, hx: States | None) -> Outcome:
-    checks.packed(input, stack.who)
+    call, who = stack.call._replace(batch_first=False), stack.who
+    checks.no_lengths(call.lengths, "a PackedSequence has its own")
+    checks.no_reset(call.reset, call.reset_to, "a PackedSequence has no place for it; pad the input, give lengths")
+    checks.packed(input, who)
     data, batch_sizes, sorted_indices, unsorted_indices = input
-    stack, data, hx = _in_autocast(stack, data, hx)
-    checks.input_kind(data, stack.weights[0].weight_ih, stack.who)
+    stack, data, hx = _in_autocast(stack._replace(call=call), data, hx)
+    checks.input_kind(data, stack.weights[0].weight_ih, who)
     states = _initial(stack, data, hx, int(batch_sizes[0]))
     if hx is not None and sorted_indices is not None:
         states = tuple(s.index_select(1, sorted_indices) for s in states)
@@ -201,17 +188,17 @@ def _with_resets(stack: _Stack, input: Tensor, x: Tensor, unbatched: bool) -> _S
     if call.reset is None:
         return stack
     checks.reset(call.reset, tuple(input.shape[:-1]), call.bidirectional, input, stack.who)
-    reset = call.reset.unsqueeze(1) if unbatched else call.reset.t() if call.batch_first else call.reset
-    reset_to = call.reset_to
+    reset, reset_to = views.reset_rows(call.reset, call.batch_first, unbatched), call.reset_to
     if reset_to is not None:
         expected = checks.ResetStates(steps, len(stack.weights), () if unbatched else (batch,), stack.units)
         checks.reset_to(reset_to, expected, input, stack.who)
-        reset_to = tuple(s.unsqueeze(-2) if unbatched else s for s in reset_to)
-        reset_to = tuple(s.expand(-1, batch, -1) if s.dim() == 3 else s for s in reset_to)
+        reset_to = views.reset_states(reset_to, batch, unbatched)
     return stack._replace(call=call._replace(reset=reset, reset_to=reset_to))
 
 
 def _run_padded(stack: _Stack, input: Tensor, hx: States | None) -> Outcome:
+    checks.reset_to_alone(stack.call.reset, stack.call.reset_to)
+    checks.tensors_of_states("reset_to", stack.call.reset_to, stack.cell.states, stack.who)
     checks.input_rank(input, (2, 3), stack.who)
     call, unbatched = stack.call, input.dim() == 2
     lengths, batch_dim = call.lengths, 0 if call.batch_first else 1
@@ -242,46 +229,53 @@ def one_state(hx: Tensor | None) -> States | None:
 
 def run(
     cell: str, who: str, input: Tensor | PackedSequence, hx: States | None, weights: LayerWeights, call: Call
-) -> tuple[Any, States]:
-    """What every cell's function and module does; states are tuples here whatever the cell; weights, lists of tensors
-    for each layer and direction."""
+) -> tuple[Any, ...]:
+    """What every cell's function and module does: output, final states, and with `return_states` all states. States are
+    tuples here whatever the cell; weights, lists of tensors for each layer and direction."""
     if call.options is not PLAIN:
         graded = torch.is_grad_enabled() or in_jit_trace()  # a trace is of both kinds of calls
         call = call._replace(options=call.options.at_work(call.training, graded))
-    if (
-        call.options is not PLAIN
-        or call.lengths is not None
-        or call.reset is not None
-        or call.reset_to is not None
-        or (call.dropout and call.training)
-        or torch.compiler.is_compiling()
-    ):
-        return ordinary(cell, who, input, hx, weights, call)[:2]
-    directions = 2 if call.bidirectional else 1
-    form = (cell, call.backend, len(weights) // directions, directions, call.batch_first, False)
+    resets = _resets(call)
+    if resets is None or call.lengths is not None or torch.compiler.is_compiling():
+        return ordinary(cell, who, input, hx, weights, call)
+    form = _form(cell, weights, call, len(resets))
     flat = [weight for layer in weights for weight in layer]
-    description = shortcut.describe(form, input, hx, flat)
+    description = shortcut.describe(form, input, hx, flat, resets)
     plan = shortcut.find(description)
     if plan is not None:
-        return plan(input, hx or (), flat)  # type: ignore[arg-type]
+        return plan(input, hx or (), flat, resets)  # type: ignore[arg-type]
     results = ordinary(cell, who, input, hx, weights, call)
-    shortcut.learn(description, form, input, hx, flat)
-    return results[:2]
+    shortcut.learn(description, form, input, hx, flat, resets)
+    return results
+
+
+def _resets(call: Call) -> tuple[Any, ...] | None:
+    """`reset` and the states of `reset_to`; None where they are not what they have to be."""
+    if call.reset is None:
+        return () if call.reset_to is None else None
+    if call.reset_to is None:
+        return (call.reset,)
+    return (call.reset, *call.reset_to) if type(call.reset_to) is tuple else None
+
+
+def _form(cell: str, weights: LayerWeights, call: Call, resets: int) -> tuple[Any, ...]:
+    """The fields of a `shortcut.Form`; of a call without options only the first."""
+    directions, options = 2 if call.bidirectional else 1, call.options
+    layers = len(weights) // directions
+    dropout = call.dropout if call.training and layers > 1 else 0.0
+    if options is PLAIN and not (dropout or resets or call.return_states):
+        return cell, call.backend, layers, directions, call.batch_first, False
+    kind = (cell_name(cell, options), call.backend, layers, directions, call.batch_first, False)
+    return *kind, options, call.training, dropout, resets, call.return_states
 
 
 def ordinary(
     cell: str, who: str, input: Tensor | PackedSequence, hx: States | None, weights: LayerWeights, call: Call
-) -> Outcome:
+) -> tuple[Any, ...]:
     """A call with all its checks."""
     checks.backend_name(call.backend, backend_names())
-    if isinstance(input, PackedSequence):
-        checks.no_lengths(call.lengths, "a PackedSequence has its own")
-        checks.no_reset(call.reset, call.reset_to, "a PackedSequence has no place for it; pad the input, give lengths")
-    checks.reset_to_alone(call.reset, call.reset_to)
-    checks.tensors_of_states("reset_to", call.reset_to, CELLS[cell].states, who)
-    spec, options, packed = CELLS[cell_name(cell, call.options)], call.options, isinstance(input, PackedSequence)
+    spec, options = CELLS[cell_name(cell, call.options)], call.options
     named = [named_weights(spec, flat, options.peephole, options.layer_norm) for flat in weights]
-    stack = _Stack(spec, who, named, call._replace(batch_first=call.batch_first and not packed))
-    if isinstance(input, PackedSequence):
-        return _run_packed(stack, input, hx)
-    return _run_padded(stack, input, hx)
+    stack = _Stack(spec, who, named, call)
+    outcome = _run_packed(stack, input, hx) if isinstance(input, PackedSequence) else _run_padded(stack, input, hx)
+    return outcome if call.return_states else outcome[:2]

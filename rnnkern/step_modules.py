@@ -11,7 +11,8 @@ from rnnkern.cells import CELLS, CellSpec, Weights
 from rnnkern.compat import autocast_dtype
 from rnnkern.layer import Settings, plain_operands
 from rnnkern.module_base import Shared, attributes
-from rnnkern.stack import States, one_state
+from rnnkern.stack import one_state
+from rnnkern.views import States
 
 
 def _cell_in_autocast(
@@ -38,7 +39,8 @@ class _Cell(Shared, torch.nn.RNNCellBase):
         description = shortcut.describe(form, input, hx, flat)
         plan = shortcut.find(description)
         if plan is not None:
-            return plan(input, hx or (), flat)[1]
+            found: States = plan(input, hx or (), flat)[1]
+            return found
         states = self._ordinary_step(cell, input, hx, Weights(*flat))
         shortcut.learn(description, form, input, hx, flat)
         return states

@@ -343,7 +343,7 @@ def test_an_option_that_is_not_at_work_leaves_a_plain_call(monkeypatch: pytest.M
     x, whole = torch.randn(5, 4, 3), stack.ordinary
     ways: list[stack.Call] = []
 
-    def spy(*args: Any) -> stack.Outcome:
+    def spy(*args: Any) -> tuple[Any, ...]:
         ways.append(args[-1])
         return whole(*args)
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -63,6 +63,10 @@ class Extras(NamedTuple):
     recompute: bool = False  # activations are not saved; backward computes them anew
     states: bool = False  # c of every step is a result: `cells` in the rows of y, saved or not
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Its first fields."""
+        return self[:7]
+
     @property
     def zones(self) -> bool:
         """Whether h is under zoneout."""
@@ -70,7 +74,7 @@ class Extras(NamedTuple):
 
     def __bool__(self) -> bool:
         """Whether there is anything."""
-        return any(t is not None for t in self[:7]) or any(self[7:])
+        return any(t is not None for t in self.tensors()) or any(self[7:])
 
 
 class Layer(NamedTuple):
@@ -187,18 +191,34 @@ class States(NamedTuple):
         return Saved(self.y, self.gates, self.cells)
 
 
+class Given(NamedTuple):
+    """The tensors of one layer's call as the caller has them: x, states and gradients of any of them in the caller's
+    shapes (`Form.rows` and `Form.state` make those of a `Layer` of them), extras in a layer's."""
+
+    x: Any
+    states: Sequence[Any]  # none where they are zero
+    weights: Sequence[Any]
+    extras: Extras = Extras()
+
+    def flat(self) -> tuple[Any, ...]:
+        """Those that there are, in this order."""
+        return self.x, *self.states, *self.weights, *(t for t in self.extras.tensors() if t is not None)
+
+
 class LayerPlan(Protocol):
-    """One layer as a caller knows it, laid out ahead. `tensors` are x, the initial states if there are any, and the
-    weights."""
+    """One layer as a caller knows it, laid out ahead. `tensors` are what `Given.flat` gives."""
 
     form: "Form"
-    weight_count: int
     y_shape: tuple[int, ...]
     h_shape: tuple[int, ...]
     c_shape: tuple[int, ...]
 
+    def split(self, tensors: Sequence[Any]) -> Given:
+        """`Given.flat` undone, of the tensors or of something for each of them."""
+
     def forward(self, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """(y, h_n, c_n), of a step (h, c), and what backward needs beside the tensors."""
+        """(y, h_n, c_n), with `Extras.states` also cells, of a step (h, c); and what backward needs beside the
+        tensors."""
 
     def backward(
         self, tensors: Sequence[Tensor], saved: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
@@ -208,8 +228,8 @@ class LayerPlan(Protocol):
     def kept(self, saved: Sequence[Tensor], otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """y, gates and cells of what `forward` kept; `otherwise` for one that backward does not read."""
 
-    def of_results(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dy, dh_n and dc_n of the gradients of what `forward` gave."""
+    def of_results(self, grads: Sequence[Tensor | None]) -> Cotangents:
+        """The gradients of what `forward` gave by name, in their shapes."""
 
 
 class Backend(Protocol):
@@ -232,10 +252,8 @@ class Backend(Protocol):
         """What runs calls without gradients that look like this one, checked before, in every way (shortcut.py); None
         where the backend has nothing quicker than `forward`."""
 
-    def layer_plan(
-        self, form: "Form", x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]
-    ) -> "LayerPlan | None":
-        """The same for one layer with gradients."""
+    def layer_plan(self, form: "Form", given: Given, graded: bool) -> "LayerPlan | None":
+        """The same for one layer, with options or gradients or both."""
 
 
 class Entry(NamedTuple):

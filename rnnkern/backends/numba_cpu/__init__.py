@@ -1,24 +1,16 @@
 """The CPU backend: finds or makes the plan of a call, allocates what it gives, and runs the compiled sweeps."""
 
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rnnkern.backends import Cotangents, Layer, Needs, Saved, States, readable
 from rnnkern.backends.numba_cpu.ahead import inference_plan, layer_plan
-from rnnkern.backends.numba_cpu.kernels import KERNELS, Kernels, pack_for_backward, pack_for_forward
-from rnnkern.backends.numba_cpu.optional_kernels import (
-    OPTIONAL_KERNELS,
-    pack_for_optional_backward,
-    pack_for_optional_forward,
-)
-from rnnkern.backends.numba_cpu.optional_plans import OptionalBackwardPlan, OptionalForwardPlan, named_extras
-from rnnkern.backends.numba_cpu.plans import WEIGHTS, BackwardPlan, Cut, ForwardPlan
-
-# Weights whose gradients are products; those of the others are sums.
-PRODUCTS = ("w_ih", "w_hh", "w_hr")
+from rnnkern.backends.numba_cpu.optional_plans import named_extras
+from rnnkern.backends.numba_cpu.plans import WEIGHTS, Cut
+from rnnkern.backends.numba_cpu.ways import adds_rows, way_of
 
 
 def _prepared(layer: Layer) -> Layer:
@@ -44,7 +36,7 @@ def _named(layer: Layer) -> dict[str, Tensor | None]:
         tensors["counts"] = layer.batch_sizes.contiguous()
         tensors["starts"] = layer.batch_sizes.cumsum(0) - layer.batch_sizes
         tensors["order"] = layer.order
-    return tensors | dict(named_extras(layer)) if layer.extras else tensors
+    return tensors | named_extras(layer) if layer.extras else tensors
 
 
 __all__ = ["as_given", "backward", "forward", "inference_plan", "layer_plan"]
@@ -62,7 +54,7 @@ def _plan(kind: Any, layer: Layer, *parts: Any, key: tuple[Hashable, ...]) -> An
         return kind(layer, *parts)
     extras: tuple[Hashable, ...] = ()
     if layer.extras:
-        extras = (*_strides(*layer.extras[:7]), *layer.extras[7:])
+        extras = (*_strides(*layer.extras.tensors()), *layer.extras[7:])
     key = (kind, layer.cell.name, layer.x.dtype, torch.get_num_threads(), *extras, *key)
     plan = _plans.get(key)
     if plan is None:
@@ -83,25 +75,9 @@ def _strides(*tensors: Tensor | None) -> tuple[Hashable, ...]:
     return tuple([None if t is None else (t.shape, t.stride()) for t in tensors])
 
 
-class _Way(NamedTuple):
-    """The plans and kernels of plain calls, or of those that ask for more."""
-
-    forward_plan: Any
-    backward_plan: Any
-    kernels: dict[str, Kernels]
-    pack_forward: Any
-    pack_backward: Any
-
-
-_PLAIN = _Way(ForwardPlan, BackwardPlan, KERNELS, pack_for_forward, pack_for_backward)
-_OPTIONAL = _Way(
-    OptionalForwardPlan, OptionalBackwardPlan, OPTIONAL_KERNELS, pack_for_optional_forward, pack_for_optional_backward
-)
-
-
 def forward(layer: Layer, save: bool) -> States:
     cell, layer = layer.cell, _prepared(layer)
-    way, directions, keep = _PLAIN if layer.plain else _OPTIONAL, len(layer.weights), save and layer.kept > 0
+    way, directions, keep = way_of(layer), len(layer.weights), save and layer.kept > 0
     states = States(
         layer.rows(directions * layer.outputs),
         torch.empty_like(layer.h0, memory_format=torch.contiguous_format),
@@ -118,7 +94,7 @@ def forward(layer: Layer, save: bool) -> States:
 
 def backward(layer: Layer, saved: Saved, grads: Cotangents, needs: Needs) -> list[Tensor | None]:
     layer = _prepared(layer)
-    way = _PLAIN if layer.plain else _OPTIONAL
+    way = way_of(layer)
     y, gates, cells = (None if t is None else readable(t) for t in saved)
     assert y is not None
     saved, grads = Saved(y, gates, cells), grads.map(readable)
@@ -135,8 +111,7 @@ def backward(layer: Layer, saved: Saved, grads: Cotangents, needs: Needs) -> lis
     for d, (weights, wanted) in enumerate(zip(layer.weights, needs.weights, strict=True)):
         tensors[f"dx{d}"] = layer.rows(layer.x.shape[-1]) if needs.x else None
         for name, weight, want in zip(WEIGHTS, weights, wanted, strict=True):
-            # without a sequence nobody writes the gradients, and some are added to row by row
-            written = cut.shares and (name in PRODUCTS or (weights.ln_ih_weight is None and name != "w_ch"))
+            written = cut.shares and not adds_rows(name, weights)  # without a sequence nobody writes anything
             new = layer.x.new_empty if written else layer.x.new_zeros
             tensors[f"d{name}{d}"] = new(cut.parts, *weight.shape) if want and weight is not None else None
     if cut.shares:

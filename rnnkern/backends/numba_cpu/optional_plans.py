@@ -1,6 +1,6 @@
 """The layout of calls that ask for more than the plain cell; plans.py has the plain ones, and what a plan is."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -19,19 +19,19 @@ from rnnkern.backends.numba_cpu.plans import WEIGHTS, Plan, Space
 from rnnkern.backends.numba_cpu.tile import MAX_ROWS, MAX_VECTORS
 from rnnkern.backends.numba_cpu.vector import VECTOR_BYTES
 
+# the tensors of `Extras` as the kernels call them
+EXTRAS = ("input_mask", "recurrent_mask", "zone_h", "zone_c", "reset", "reset_h", "reset_c")
 
-def named_extras(layer: Layer) -> Iterator[tuple[str, Tensor | None]]:
+
+def named_shares(layer: Layer) -> dict[str, Tensor]:
+    """The shares of zoneout without masks, where there are any, as the kernels read them."""
+    shares = {"share_h": layer.extras.zoneout_h, "share_c": layer.extras.zoneout_c}
+    return {name: layer.x.new_full((), share) for name, share in shares.items() if share}
+
+
+def named_extras(layer: Layer) -> dict[str, Tensor | None]:
     """The tensors of a call that only optional plans have, by the names that they give them."""
-    extras = layer.extras
-    yield "input_mask", extras.input_mask
-    yield "recurrent_mask", extras.recurrent_mask
-    yield "zone_h", extras.zoneout_mask_h
-    yield "zone_c", extras.zoneout_mask_c
-    yield "reset", extras.reset
-    yield "reset_h", extras.reset_h
-    yield "reset_c", extras.reset_c
-    yield "share_h", layer.x.new_full((), extras.zoneout_h) if extras.zoneout_h else None
-    yield "share_c", layer.x.new_full((), extras.zoneout_c) if extras.zoneout_c else None
+    return dict(zip(EXTRAS, layer.extras.tensors(), strict=True)) | named_shares(layer)
 
 
 class _OptionalPlan(Plan):
@@ -65,25 +65,17 @@ class _OptionalPlan(Plan):
 
     def beside(self, layer: Layer, d: int) -> Beside:
         extras, w = layer.extras, layer.weights[d]
-        for name, tensor in named_extras(layer):
-            if name.startswith("share"):
-                self.vector(f"beside.{name}", name, tensor)
+        for name, share in named_shares(layer).items():
+            self.vector(f"beside.{name}", name, share)
         for name, weight in zip(WEIGHTS[5:], w[5:], strict=True):
             self.vector(f"beside.{name}", f"{name}{d}", weight)
-
-        def mask(name: str, tensor: Tensor | None) -> Rows:
-            if tensor is None:
-                return Rows()
-            self.at(f"beside.{name}.base", name, d * tensor.stride(0) * self.item)
-            return Rows(0, 0, tensor.stride(1) * self.item)
-
         reset = Rows()
         if extras.reset is not None:
             self.at("beside.reset.base", "reset")
             reset = Rows(0, extras.reset.stride(0), extras.reset.stride(1))
         return Beside(
-            input_mask=mask("input_mask", extras.input_mask),
-            recurrent_mask=mask("recurrent_mask", extras.recurrent_mask),
+            input_mask=self.states("beside.input_mask", extras.input_mask, d, "input_mask"),
+            recurrent_mask=self.states("beside.recurrent_mask", extras.recurrent_mask, d, "recurrent_mask"),
             zone_h=self.flags("beside.zone_h", "zone_h", extras.zoneout_mask_h, d * self.outputs),
             zone_c=self.flags("beside.zone_c", "zone_c", extras.zoneout_mask_c, d * self.hidden),
             reset=reset,

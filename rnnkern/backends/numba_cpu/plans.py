@@ -172,11 +172,11 @@ class Plan(Cut):
         self.at(f"{field}.base", field, d * tensor.stride(-2) * self.item)
         return Rows(0, 0 if self.packed else tensor.stride(0) * self.item, tensor.stride(-3) * self.item)
 
-    def states(self, field: str, tensor: Tensor | None, d: int) -> Rows:
-        """Rows of direction d of a state (D, B, n)."""
+    def states(self, field: str, tensor: Tensor | None, d: int, name: str = "") -> Rows:
+        """Rows of direction d of a state or mask (D, B, n), called as the field is if not by another name."""
         if tensor is None:
             return Rows()
-        self.at(f"{field}.base", field, d * tensor.stride(0) * self.item)
+        self.at(f"{field}.base", name or field, d * tensor.stride(0) * self.item)
         return Rows(0, 0, tensor.stride(1) * self.item)
 
     def sizes(self, d: int) -> Sizes:
