@@ -1,8 +1,8 @@
 """The masks of dropout and zoneout, drawn outside the kernels by torch's generator on the device of the input.
 
 A call draws layer by layer, in each layer in this order: dropout of what the layer before gave (as torch.nn draws it),
-then the fields of `Masks`; nothing where a probability is 0. An element is 15 random bits, four of them from one draw,
-which takes a sixth of bernoulli_'s time; so probabilities are rounded to multiples of 2**-15.
+then the fields of `Masks`; nothing where a probability is 0. An element is 16 random bits, four of them from one draw,
+which takes a sixth of bernoulli_'s time; so probabilities are rounded to multiples of 2**-16.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch.nn.functional import dropout as drop
 from rnnkern.cells import CellSpec, Weights
 from rnnkern.options import Options
 
-LEVELS = 2**15
+LEVELS = 2**16
 
 
 class Masks(NamedTuple):
@@ -29,23 +29,29 @@ class Masks(NamedTuple):
     zoneout_c: Tensor | None = None  # (*rows, D*H) bool
 
 
-def chance(p: float, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """Bools that are true with probability p; None for p = 0."""
-    if p == 0:
-        return None
+def _words(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers of 16 bits, all of them equally likely."""
     count = prod(shape)
-    words = torch.randint(2**63 - 1, ((count + 3) // 4,), dtype=torch.int64, device=device)
-    drawn = words.view(torch.int16)[:count] & (LEVELS - 1)
-    # not `< round(p * LEVELS)`, which for p = 1 is no number of 16 bits
-    return (drawn <= round(p * LEVELS) - 1).view(shape)
+    draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
+    return draws.view(torch.int16)[:count].view(shape)
+
+
+def _last(p: float) -> int:
+    """The share p of all words, rounded, are this one and those below."""
+    return round(p * LEVELS) - LEVELS // 2 - 1
+
+
+def chance(p: float, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """Bools that are true with probability p; None where that is 0."""
+    return None if round(p * LEVELS) == 0 else _words(shape, device) <= _last(p)
 
 
 def factors(p: float, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
-    """0 with probability p, else 1/(1-p), in the dtype of `like`; None for p = 0."""
-    dropped = chance(p, shape, like.device)
-    if dropped is None:
+    """0 with probability p, else 1/(1-p), in the dtype of `like`; None where p is 0."""
+    if round(p * LEVELS) == 0:
         return None
-    return (~dropped).to(like.dtype) * (0.0 if p == 1 else 1 / (1 - p))
+    kept = _words(shape, like.device) > _last(p)
+    return kept.to(like.dtype).mul_(0.0 if p == 1 else 1 / (1 - p))
 
 
 def drop_between(p: float, x: Tensor, batch_first: bool) -> Tensor:

@@ -122,8 +122,8 @@ PYTHON = [
                 'self.rows("y", "y", states.y, 0)',
             ),
             "both directions end in the same state": (
-                'self.at(f"{field}.base", field, d * tensor.stride(0) * self.item)',
-                'self.at(f"{field}.base", field, 0)',
+                'self.at(f"{field}.base", name or field, d * tensor.stride(0) * self.item)',
+                'self.at(f"{field}.base", name or field, 0)',
             ),
             "both directions have the same weights": (
                 'self.matrix("w_hh", f"w_hh{d}", w.weight_hh, self._panels(self.gates, self.hidden, self.outputs))',

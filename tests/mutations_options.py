@@ -9,6 +9,7 @@ def seen_by(test: str, file: str, changes: dict[str, tuple[str, str]]) -> list[M
 
 
 MODULES, RESETS = "tests/test_option_modules.py::", "tests/test_option_resets.py::"
+PLANS = "tests/test_option_plans.py::"
 
 OF_OPTIONS = [
     *seen_by(
@@ -34,7 +35,7 @@ OF_OPTIONS = [
     ),
     *seen_by(
         RESETS + "test_a_reset_begins_an_episode_of_its_own",
-        "stack.py",
+        "views.py",
         {
             "options: states to reset to of one layer for all": ("else s[:, layer] for s", "else s[:, 0] for s"),
         },
@@ -51,11 +52,11 @@ OF_OPTIONS = [
     ),
     *seen_by(
         RESETS + "test_forms_of_a_call",
-        "stack.py",
+        "views.py",
         {
             "options: a reset batch first is read time first": (
-                "call.reset.t() if call.batch_first else call.reset",
-                "call.reset.reshape(steps, batch)",
+                "reset.t() if batch_first else reset",
+                "reset.reshape(reset.shape[::-1] if batch_first else reset.shape)",
             ),
         },
     ),
@@ -63,8 +64,8 @@ OF_OPTIONS = [
         MODULES + "test_masks_of_a_call",
         "masks.py",
         {
-            "options: a mask unscaled": ("(0.0 if p == 1 else 1 / (1 - p))", "1.0"),
-            "options: kept and dropped exchanged": ("(~dropped).to", "dropped.to"),
+            "options: a mask unscaled": (".mul_(0.0 if p == 1 else 1 / (1 - p))", ""),
+            "options: kept and dropped exchanged": ("like.device) > _last", "like.device) <= _last"),
             "options: one mask for both directions": (
                 "factors(options.input_dropout, (directions, batch, x.shape[-1]), x)",
                 "factors(options.input_dropout, (1, batch, x.shape[-1]), x).expand(directions, -1, -1)",
@@ -76,8 +77,8 @@ OF_OPTIONS = [
         "masks.py",
         {
             "options: a threshold that is no number of 16 bits": (
-                "drawn <= round(p * LEVELS) - 1",
-                "drawn < round(p * LEVELS)",
+                "_words(shape, device) <= _last(p)",
+                "_words(shape, device) < _last(p) + 1",
             ),
         },
     ),
@@ -139,11 +140,47 @@ OF_OPTIONS = [
         },
     ),
     *seen_by(
+        PLANS + "test_options",
+        "planned.py",
+        {
+            "options: a plan that forgets zoneout in evaluation": (
+                "zones = (0.0, 0.0) if form.training else options.zones(form.spec)",
+                "zones = (0.0, 0.0)",
+            ),
+            "options: a plan that draws when it is made": (
+                "torch.no_grad(), torch.random.fork_rng(devices=()):",
+                "torch.no_grad():",
+            ),
+            "options: a plan without dropout between layers": ("if k == 0 or not form.dropout", "if True"),
+            "options: a plan without weight dropout": ("masks.drop_weights(named, drawn)", "named"),
+        },
+    ),
+    *seen_by(
+        PLANS + "test_resets",
+        "planned.py",
+        {
+            "options: a plan that resets every layer to the first's": (
+                "views.reset_states_of(reset_to, k)",
+                "views.reset_states_of(reset_to, 0)",
+            ),
+        },
+    ),
+    *seen_by(
+        PLANS + "test_all_states",
+        "backends/numba_cpu/ahead.py",
+        {
+            "options: a plan that drops the gradient of c": (
+                "return Cotangents(dy, dh_n, dc_n, dcells)",
+                "return Cotangents(dy, dh_n, dc_n, None)",
+            ),
+        },
+    ),
+    *seen_by(
         "tests/test_option_errors.py::test_bad_call",
         "stack.py",
         {
             "options: reset_to without a reset ignored": (
-                "    checks.reset_to_alone(call.reset, call.reset_to)\n",
+                "    checks.reset_to_alone(stack.call.reset, stack.call.reset_to)\n",
                 "",
             ),
         },

@@ -139,8 +139,8 @@ def test_options_as_attributes() -> None:
 
 
 @every_kind
-def test_no_option_goes_the_short_way(kind: str) -> None:
-    """And a call with one never does, also after many without."""
+def test_an_option_is_seen_after_many_plain_calls(kind: str) -> None:
+    """Plain ones go by a plan by then."""
     module, x = make(kind, "numba"), random(5, 4, I)
     hx = start(kind, 1, 4)
     for _ in range(4):
