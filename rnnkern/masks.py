@@ -32,7 +32,7 @@ class Masks(NamedTuple):
 def _words(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Numbers of 16 bits, all of them equally likely."""
     count = prod(shape)
-    draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
+    draws = torch.randint(-(2**63), 2**63 - 1, ((count + 3) // 4,), dtype=torch.int64, device=device)
     return draws.view(torch.int16)[:count].view(shape)
 
 

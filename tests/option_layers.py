@@ -12,6 +12,9 @@ from torch import Tensor
 from rnnkern.backends import Extras, Layer
 from rnnkern.cells import CELLS, Weights, weight_names
 from rnnkern.packing import positions, sort_lengths
+from tests import host
+
+host.register()
 
 
 @dataclass(frozen=True)
