@@ -20,8 +20,8 @@ OF_OPTIONAL = [
                 "part * new + (1.0 - part) * old",
             ),
             "LayerNorm: the squares of units that are not there": (
-                "off = first_lanes(load_part(row + part * spacing + u * item, zero, units - u) - mean, units - u)",
-                "off = load_part(row + part * spacing + u * item, zero, units - u) - mean",
+                "off = first_lanes(load_part(row + u * item, zero, units - u) - mean, units - u)",
+                "off = load_part(row + u * item, zero, units - u) - mean",
             ),
         },
     ),
@@ -31,8 +31,8 @@ OF_OPTIONAL = [
         "gru",
         {
             "LayerNorm: the statistics of one gate": (
-                "mean = row_sum(row, gates, gate_row, hidden, zero) * over_count",
-                "mean = row_sum(row, 1, gate_row, hidden, zero) / hidden",
+                "moments(gx, gates, gate_row, hidden, EPSILON, zero)",
+                "moments(gx, 1, gate_row, hidden, EPSILON, zero)",
             ),
         },
     ),
@@ -116,9 +116,17 @@ OF_OPTIONAL = [
         "rnn_tanh",
         {
             "LayerNorm: the mean of the gradient forgotten": (
-                "(of_normal - shift - normal * slope)",
+                "(of_normal - fma(normal, slope, shift))",
                 "(of_normal - normal * slope)",
             ),
+        },
+    ),
+    *mutations(
+        NORMS,
+        "optional_backward",
+        "gru",
+        {
+            "LayerNorm: one sum for biases of different gradients": ("    if not separate:\n", "    if True:\n"),
         },
     ),
 ]

@@ -6,13 +6,16 @@ from numba.core.extending import intrinsic
 
 from rnnkern.backends.numba_cpu.jit import inlined
 from rnnkern.backends.numba_cpu.vector import (
+    VECTOR_BYTES,
     VectorType,
     _lanes_below,
     broadcast,
     call_llvm,
     constant,
+    fma,
     ir_scalar,
     item_bytes,
+    load,
     load_part,
     splat,
     vector_lanes,
@@ -143,23 +146,50 @@ def of_new(mask, share, gradient, count, zero):
 
 
 @inlined
-def row_sum(row, parts, spacing, units, zero):
-    """The sum of a row of `parts` times `units` numbers, the parts `spacing` bytes apart, in every lane."""
+def _part_sum(row, units, zero):
+    """The sum of `units` numbers, lane by lane; four sums side by side hide the time that an addition takes."""
     lanes, item = vector_lanes(zero), item_bytes(zero)
-    sums = broadcast(zero)
-    for part in range(parts):
-        for u in range(0, units, lanes):
-            sums = sums + load_part(row + part * spacing + u * item, zero, units - u)
-    return total(sums)
+    a = b = c = d = broadcast(zero)
+    u = 0
+    while u + 4 * lanes <= units:
+        at = row + u * item
+        a, b = a + load(at, zero), b + load(at + VECTOR_BYTES, zero)
+        c, d = c + load(at + 2 * VECTOR_BYTES, zero), d + load(at + 3 * VECTOR_BYTES, zero)
+        u += 4 * lanes
+    while u < units:
+        a = a + load_part(row + u * item, zero, units - u)
+        u += lanes
+    return (a + b) + (c + d)
 
 
 @inlined
-def row_squares(row, parts, spacing, units, mean, zero):
+def _part_squares(row, units, mean, zero):
     """The same of the squares of what differs from `mean`."""
     lanes, item = vector_lanes(zero), item_bytes(zero)
-    sums = broadcast(zero)
+    a = b = c = d = broadcast(zero)
+    u = 0
+    while u + 4 * lanes <= units:
+        at = row + u * item
+        off_a, off_b = load(at, zero) - mean, load(at + VECTOR_BYTES, zero) - mean
+        off_c, off_d = load(at + 2 * VECTOR_BYTES, zero) - mean, load(at + 3 * VECTOR_BYTES, zero) - mean
+        a, b, c, d = fma(off_a, off_a, a), fma(off_b, off_b, b), fma(off_c, off_c, c), fma(off_d, off_d, d)
+        u += 4 * lanes
+    while u < units:
+        off = first_lanes(load_part(row + u * item, zero, units - u) - mean, units - u)
+        a = fma(off, off, a)
+        u += lanes
+    return (a + b) + (c + d)
+
+
+@inlined
+def moments(row, parts, spacing, units, epsilon, zero):
+    """The mean of a row of `parts` times `units` numbers, the parts `spacing` bytes apart, and one over the root of its
+    variance plus epsilon; both in every lane."""
+    over_count = 1.0 / (parts * units)
+    sums = squares = broadcast(zero)
     for part in range(parts):
-        for u in range(0, units, lanes):
-            off = first_lanes(load_part(row + part * spacing + u * item, zero, units - u) - mean, units - u)
-            sums = sums + off * off
-    return total(sums)
+        sums = sums + _part_sum(row + part * spacing, units, zero)
+    mean = total(sums) * over_count
+    for part in range(parts):
+        squares = squares + _part_squares(row + part * spacing, units, mean, zero)
+    return mean, over_root(total(squares) * over_count, epsilon)

@@ -11,20 +11,19 @@ after they have been computed anew by recurrence.py, for all rows of the chunk a
     where t is reset: dh and dc go to the states of the reset, and are 0 before it
 
 Gradients that are sums over rows alone (peepholes, LayerNorm, and with LayerNorm the biases, whose gradients are those
-before the norm) are added row by row to where they belong.
+before the norm) are added row by row to where they belong; biases that have the same gradient share a sum (norms.py).
 """
 
 from rnnkern.backends.numba_cpu.backward import outer_product, sum_rows
 from rnnkern.backends.numba_cpu.blocks import pack_depth
 from rnnkern.backends.numba_cpu.jit import inlined, shared, woven
 from rnnkern.backends.numba_cpu.lanes import of_new, of_old
-from rnnkern.backends.numba_cpu.norms import norms_backward, of_share, through_norm_of_c
+from rnnkern.backends.numba_cpu.norms import end_norm_sums, norm_sums, norms_backward, of_share, through_norm_of_c
 from rnnkern.backends.numba_cpu.operands import OptionalBackward, read_operands
 from rnnkern.backends.numba_cpu.optional_cells import add_part, reset_gate_backward
 from rnnkern.backends.numba_cpu.optional_forward import cells_row, gather_inputs, is_reset, reset_row, times_mask
 from rnnkern.backends.numba_cpu.recurrence import (
     Row,
-    behind,
     input_products,
     pack_recurrence,
     recurrent_products,
@@ -32,6 +31,7 @@ from rnnkern.backends.numba_cpu.recurrence import (
     start_recurrence,
 )
 from rnnkern.backends.numba_cpu.sweep import (
+    behind,
     copy_in,
     copy_out,
     outer_row,
@@ -183,6 +183,7 @@ def backward_rows(address, t, n, first, rows, share, space, activations, gates, 
     y_step, gates_step = outer_step(sizes, a.y, t), saved_step(sizes, a.gates, t)
     zone_step = outer_step(sizes, beside.zone_c, t)
     dw_ch = of_share(a.dw_ch, share, 3 * hidden, zero)
+    sums = norm_sums(a, share, gates, separate, zero)
     for r in range(rows):
         b = first + r
         kept = space + a.kept + (n + r) * a.kept_row if a.recompute != 0 else gates_step + b * a.gates.row
@@ -194,7 +195,10 @@ def backward_rows(address, t, n, first, rows, share, space, activations, gates, 
         dc, old = space + a.dc + r * hidden_row, space + a.old + r * h_row
         normed = beside.ln_c_weight != 0
         if normed:
-            through_norm_of_c(a, kept, c_prev, dm, share, space, zero)
+            through_norm_of_c(
+                kept, c_prev, dm, space + a.step.v, space + a.tanh_v, space + a.dv, beside.ln_c_weight,
+                beside.ln_c_bias, sums.c_weight, sums.c_bias, hidden, zero,
+            )  # fmt: skip
         zone = outer_row(sizes, beside.zone_c, zone_step, b) if beside.zone_c.base != 0 else 0
         cells = cells_row(sizes, beside, a.cells, t, b)
         for u in range(0, hidden, lanes):
@@ -207,7 +211,11 @@ def backward_rows(address, t, n, first, rows, share, space, activations, gates, 
             )  # fmt: skip
             store(old + at, load(old + at, zero) + direct)
         if beside.ln_ih_weight != 0:
-            norms_backward(a, dgx, dgh, kept + (activations + beside.keeps_h) * slot, share, gates, separate, zero)
+            of_x = kept + (activations + beside.keeps_h) * slot
+            norms_backward(
+                of_x, of_x + gates * slot, dgx, dgh, beside.ln_ih_weight, beside.ln_hh_weight, sums, separate,
+                gates * hidden, zero,
+            )  # fmt: skip
 
 
 @shared
@@ -394,3 +402,5 @@ def optional_backward_sweep(
             copy_out(state_row(sizes, a.dh0, b), space + a.dh + (b - block) * h_row, sizes.outputs, zero)
             if a.dc0.base != 0:
                 copy_out(state_row(sizes, a.dc0, b), space + a.dc + (b - block) * c_row, sizes.hidden, zero)
+    if a.beside.ln_ih_weight != 0:
+        end_norm_sums(a, share, gates, separate, zero)

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 from rnnkern.backends.numba_cpu.blocks import pack_units
 from rnnkern.backends.numba_cpu.forward import gate_tile, load_bias, units_per_panel
-from rnnkern.backends.numba_cpu.jit import inlined, shared, woven
+from rnnkern.backends.numba_cpu.jit import shared, woven
 from rnnkern.backends.numba_cpu.norms import normalise, normalised_outputs
 from rnnkern.backends.numba_cpu.optional_cells import reset_gate
-from rnnkern.backends.numba_cpu.sweep import padded_bytes, tile_height
+from rnnkern.backends.numba_cpu.sweep import behind, padded_bytes, tile_height
 from rnnkern.backends.numba_cpu.tile import MAX_ROWS
 from rnnkern.backends.numba_cpu.vector import (
     VECTOR_BYTES,
@@ -39,12 +39,6 @@ class Row(NamedTuple):
     kept: int  # (kept, H), or 0
     cells: int  # (H), or 0
     out: int  # (W)
-
-
-@inlined
-def behind(address, offset):
-    """An address further on; 0 stays 0, for what is not there."""
-    return address + offset if address != 0 else 0
 
 
 @woven
@@ -140,11 +134,11 @@ def row_forward(step, beside, row, activations, space, gates, separate, cell, hi
     lanes, item, gate_row = vector_lanes(zero), item_bytes(zero), padded_bytes(hidden, zero)
     slot = hidden * item
     if beside.ln_ih_weight != 0:
-        of_x = row.kept + (activations + beside.keeps_h) * slot if row.kept != 0 else 0
-        of_h = of_x + gates * slot if row.kept != 0 else 0
-        normalise(row.gx, 0, space + step.n_x, space + step.b_x, of_x, gates, hidden, zero)
-        more = 0 if separate else row.gx
-        normalise(row.gh, more, space + step.n_h, space + step.b_h, of_h, gates, hidden, zero)
+        of_x = behind(row.kept, (activations + beside.keeps_h) * slot)
+        normalise(
+            row.gx, row.gh, space + step.n_x, space + step.n_h, space + step.b_x, space + step.b_h,
+            of_x, behind(of_x, gates * slot), gates, separate, hidden, zero,
+        )  # fmt: skip
     v = space + step.v if beside.ln_c_weight != 0 else 0
     for u in range(0, hidden, lanes):
         at, count = u * item, hidden - u
@@ -157,4 +151,5 @@ def row_forward(step, beside, row, activations, space, gates, separate, cell, hi
             store_part(kept, out, zero, count)
         store(row.out + at, out)
     if v != 0:
-        normalised_outputs(beside, v, row.gh + 3 * gate_row, row.out, hidden, zero)
+        o = row.gh + 3 * gate_row
+        normalised_outputs(v, beside.ln_c_weight, beside.ln_c_bias, o, row.out, hidden, zero)

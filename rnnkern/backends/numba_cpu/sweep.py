@@ -52,6 +52,12 @@ def outer_row(sizes, rows, step, b):
 
 
 @inlined
+def behind(address, offset):
+    """An address further on; 0 stays 0, for what is not there."""
+    return address + offset if address != 0 else 0
+
+
+@inlined
 def saved_step(sizes, rows, t):
     """Where the rows of step t begin in what forward keeps for backward; row b is b * rows.row further."""
     first = load_int(sizes.starts + 8 * t) if sizes.starts != 0 else 0
