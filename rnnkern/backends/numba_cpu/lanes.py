@@ -8,13 +8,13 @@ from rnnkern.backends.numba_cpu.jit import inlined
 from rnnkern.backends.numba_cpu.vector import (
     VECTOR_BYTES,
     VectorType,
-    _lanes_below,
     broadcast,
     call_llvm,
     constant,
     fma,
     ir_scalar,
     item_bytes,
+    lanes_below,
     load,
     load_part,
     splat,
@@ -60,7 +60,7 @@ def _by_bytes(whole):
                 read.align = 1
             else:
                 name, align = f"llvm.masked.load.v{vector.lanes}i8.p0", ir.Constant(ir.IntType(32), 1)
-                there = _lanes_below(builder, vector, count)
+                there = lanes_below(builder, vector, count)
                 read = call_llvm(builder, name, kind, pointer, align, there, nothing)
             return builder.select(builder.icmp_unsigned("!=", read, nothing), yes, no)
 
@@ -86,7 +86,7 @@ def first_lanes(typingctx, v, count):
     """The first `count` lanes of v, 0 in the others."""
 
     def codegen(context, builder, sig, args):
-        return builder.select(_lanes_below(builder, v, args[1]), args[0], constant(v, 0))
+        return builder.select(lanes_below(builder, v, args[1]), args[0], constant(v, 0))
 
     return v(v, types.intp), codegen
 

@@ -1,6 +1,6 @@
 """What a sweep is told: sizes, addresses and strides, as 64-bit integers one behind the other in memory.
 
-Python writes them (rnnkern/backends/numba_cpu/calls.py) and hands a kernel their address: one argument, where Numba
+Python writes them (rnnkern/backends/numba_cpu/plans.py) and hands a kernel their address: one argument, where Numba
 would take longer to unpack a tuple of a hundred numbers than a short sweep runs.
 """
 

@@ -14,7 +14,7 @@ Gradients that are sums over rows alone (peepholes, LayerNorm, and with LayerNor
 before the norm) are added row by row to where they belong; biases that have the same gradient share a sum (norms.py).
 """
 
-from rnnkern.backends.numba_cpu.backward import outer_product, sum_rows
+from rnnkern.backends.numba_cpu.backward import end_gradients, outer_product, start_gradients, sum_rows
 from rnnkern.backends.numba_cpu.blocks import pack_depth
 from rnnkern.backends.numba_cpu.jit import inlined, shared, woven
 from rnnkern.backends.numba_cpu.lanes import of_new, of_old
@@ -34,6 +34,7 @@ from rnnkern.backends.numba_cpu.sweep import (
     behind,
     copy_in,
     copy_out,
+    given_row,
     outer_row,
     outer_step,
     padded_bytes,
@@ -45,7 +46,6 @@ from rnnkern.backends.numba_cpu.sweep import (
 )
 from rnnkern.backends.numba_cpu.tile import MAX_VECTORS
 from rnnkern.backends.numba_cpu.vector import (
-    VECTOR_BYTES,
     broadcast,
     item_bytes,
     load,
@@ -132,7 +132,7 @@ def recompute_rows(address, chunk, chunk_end, first, last, space, activations, g
                 space + a.step.gh + n * g_row,
                 space + a.hs + n * h_row,
                 space + a.dv,
-                outer_row(sizes, a.beside.zone_c, zone_step, b) if a.beside.zone_c.base != 0 else 0,
+                given_row(sizes, a.beside.zone_c, zone_step, b),
                 space + a.kept + n * a.kept_row,
                 0,
                 space + a.tanh_v,
@@ -152,11 +152,10 @@ def enter_gradients(address, t, n, rows, first, space, zero):
     dcells_step = outer_step(sizes, a.dcells, t)
     for r in range(rows):
         b, dh, old = first + r, space + a.dh + r * h_row, space + a.old + r * h_row
-        dy = outer_row(sizes, a.dy, dy_step, b) if a.dy.base != 0 else 0
-        mask = outer_row(sizes, beside.zone_h, zone_step, b) if beside.zone_h.base != 0 else 0
+        dy, mask = given_row(sizes, a.dy, dy_step, b), given_row(sizes, beside.zone_h, zone_step, b)
         for u in range(0, outputs, lanes):
             at, count = u * item, outputs - u
-            gradient, here = load(dh + at, zero), mask + u if mask != 0 else 0
+            gradient, here = load(dh + at, zero), behind(mask, u)
             if dy != 0:
                 gradient = gradient + load_part(dy + at, zero, count)
             store(old + at, of_old(here, beside.share_h, gradient, count, zero))
@@ -199,7 +198,7 @@ def backward_rows(address, t, n, first, rows, share, space, activations, gates, 
                 kept, c_prev, dm, space + a.step.v, space + a.tanh_v, space + a.dv, beside.ln_c_weight,
                 beside.ln_c_bias, sums.c_weight, sums.c_bias, hidden, zero,
             )  # fmt: skip
-        zone = outer_row(sizes, beside.zone_c, zone_step, b) if beside.zone_c.base != 0 else 0
+        zone = given_row(sizes, beside.zone_c, zone_step, b)
         cells = cells_row(sizes, beside, a.cells, t, b)
         for u in range(0, hidden, lanes):
             at, count = u * item, hidden - u
@@ -339,19 +338,6 @@ def optional_input_gradients(address, chunk, chunk_end, first, last, rows, space
     give_inputs(address, chunk, chunk_end, first, last, space, zero)
 
 
-@shared
-def start_optional_gradients(address, first, last, space, zero):
-    """dh_n and dc_n, and the zeros that sums start from."""
-    a = read_operands(address, OptionalBackward)
-    h_row, c_row = padded_bytes(a.sizes.outputs, zero), padded_bytes(a.sizes.hidden, zero)
-    for j in range(MAX_VECTORS):
-        store(space + a.tile + (j - MAX_VECTORS) * VECTOR_BYTES, broadcast(zero))
-    for b in range(last - first):
-        copy_in(space + a.dh + b * h_row, state_row(a.sizes, a.dh_n, first + b), a.sizes.outputs, zero)
-        if a.dc0.base != 0:
-            copy_in(space + a.dc + b * c_row, state_row(a.sizes, a.dc_n, first + b), a.sizes.hidden, zero)
-
-
 @woven
 def optional_backward_sweep(
     address, first, last, share, activations, gates, separate, resets_before, forward_cell, cell, zero
@@ -360,12 +346,11 @@ def optional_backward_sweep(
     arguments are constants of the kernel."""
     a = read_operands(address, OptionalBackward)
     sizes, space, fresh = a.sizes, a.workspace + share * a.workspace_bytes, True
-    h_row, c_row = padded_bytes(sizes.outputs, zero), padded_bytes(sizes.hidden, zero)
     if a.recompute != 0:
         start_recurrence(a.step, a.beside, space, gates, separate, sizes.hidden, zero)
     for block in range(first, last, sizes.block):
         end = min(block + sizes.block, last)
-        start_optional_gradients(address, block, end, space, zero)
+        start_gradients(a, block, end, space, zero)
         chunk_end = sizes.steps
         while chunk_end > 0:
             chunk = max(chunk_end - sizes.chunk, 0)
@@ -398,9 +383,6 @@ def optional_backward_sweep(
                 if a.dx.base != 0:
                     optional_input_gradients(address, chunk, chunk_end, block, end, n, space, gates, zero)
             chunk_end = chunk
-        for b in range(block, end):
-            copy_out(state_row(sizes, a.dh0, b), space + a.dh + (b - block) * h_row, sizes.outputs, zero)
-            if a.dc0.base != 0:
-                copy_out(state_row(sizes, a.dc0, b), space + a.dc + (b - block) * c_row, sizes.hidden, zero)
+        end_gradients(a, block, end, space, zero)
     if a.beside.ln_ih_weight != 0:
         end_norm_sums(a, share, gates, separate, zero)

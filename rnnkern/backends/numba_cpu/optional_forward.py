@@ -22,7 +22,10 @@ from rnnkern.backends.numba_cpu.recurrence import (
     start_recurrence,
 )
 from rnnkern.backends.numba_cpu.sweep import (
+    behind,
     copy_in,
+    gather,
+    given_row,
     outer_row,
     outer_step,
     padded_bytes,
@@ -67,11 +70,10 @@ def times_mask(target, source, mask, units, zero):
 @shared
 def gather_inputs(sizes, rows, mask, t, first, count, target, zero):
     """The inputs of `count` sequences at step t into a workspace, times their mask."""
-    x_row, step = padded_bytes(sizes.inputs, zero), outer_step(sizes, rows, t)
-    for b in range(count):
-        into = target + b * x_row
-        copy_in(into, outer_row(sizes, rows, step, first + b), sizes.inputs, zero)
-        if mask.base != 0:
+    gather(sizes, rows, t, first, count, sizes.inputs, target, zero)
+    if mask.base != 0:
+        for b in range(count):
+            into = target + b * padded_bytes(sizes.inputs, zero)
             times_mask(into, into, state_row(sizes, mask, first + b), sizes.inputs, zero)
 
 
@@ -100,11 +102,11 @@ def leave_step(address, t, rows, first, h_old, h_new, zero):
     zone_step = outer_step(a.sizes, zone, t)
     for b in range(rows):
         y = outer_row(a.sizes, a.y, y_step, first + b)
-        mask = outer_row(a.sizes, zone, zone_step, first + b) if zone.base != 0 else 0
+        mask = given_row(a.sizes, zone, zone_step, first + b)
         for u in range(0, outputs, lanes):
             at = b * h_row + u * item
-            here = mask + u if mask != 0 else 0
-            new = mix(here, a.beside.share_h, load(h_old + at, zero), load(h_new + at, zero), outputs - u, zero)
+            old, new = load(h_old + at, zero), load(h_new + at, zero)
+            new = mix(behind(mask, u), a.beside.share_h, old, new, outputs - u, zero)
             store(h_new + at, new)
             store_part(y + u * item, new, zero, outputs - u)
 
@@ -136,7 +138,7 @@ def forward_rows(address, t, n, rows, first, h_old, h_new, space, activations, g
             space + a.step.gh + r * g_row,
             h_old + r * h_row,
             space + a.c + r * gate_row,
-            outer_row(sizes, beside.zone_c, zone_step, b) if beside.zone_c.base != 0 else 0,
+            given_row(sizes, beside.zone_c, zone_step, b),
             gates_step + b * a.gates.row if a.gates.base != 0 else 0,
             cells_row(sizes, beside, a.cells, t, b),
             out + r * out_row,

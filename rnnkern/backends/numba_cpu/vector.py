@@ -234,7 +234,7 @@ def emit_store(builder, vector, address, value):
     builder.store(value, vector_pointer(builder, vector, address)).align = vector.scalar.bitwidth // 8
 
 
-def _lanes_below(builder, vector, count):
+def lanes_below(builder, vector, count):
     """The mask of the first `count` lanes."""
     integers = ir.VectorType(ir.IntType(64), vector.lanes)
     return builder.icmp_signed(
@@ -247,7 +247,7 @@ def emit_load_part(builder, vector, address, count):
     if count is None:
         return emit_load(builder, vector, address)
     name, align = f"llvm.masked.load.{llvm_suffix(vector)}.p0", ir.Constant(ir.IntType(32), vector.scalar.bitwidth // 8)
-    pointer, mask = vector_pointer(builder, vector, address), _lanes_below(builder, vector, count)
+    pointer, mask = vector_pointer(builder, vector, address), lanes_below(builder, vector, count)
     return call_llvm(builder, name, ir_vector(vector), pointer, align, mask, constant(vector, 0))
 
 
@@ -284,7 +284,7 @@ def _store_masked(typingctx, address, v, count):
     def codegen(context, builder, sig, args):
         name = f"llvm.masked.store.{llvm_suffix(v)}.p0"
         align = ir.Constant(ir.IntType(32), v.scalar.bitwidth // 8)
-        mask = _lanes_below(builder, v, args[2])
+        mask = lanes_below(builder, v, args[2])
         call_llvm(builder, name, ir.VoidType(), args[1], vector_pointer(builder, v, args[0]), align, mask)
         return context.get_dummy_value()
 
