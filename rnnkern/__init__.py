@@ -2,8 +2,22 @@
 
 from rnnkern import functional
 from rnnkern.conversion import convert, to_torch
+from rnnkern.keras import from_keras, to_keras_weights
 from rnnkern.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __version__ = "0.1.0"
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "__version__", "convert", "functional", "to_torch"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "__version__",
+    "convert",
+    "from_keras",
+    "functional",
+    "to_keras_weights",
+    "to_torch",
+]

@@ -1,5 +1,5 @@
 """What every test runs under: a fixed seed, fixed hypothesis examples, a GPU if it needs one; and what several files
-take: buffers that are NaN until written, a number of threads."""
+take: buffers that are NaN until written, a number of threads, Keras."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -76,3 +76,15 @@ def always_split(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(pool, "run", counted)
     with plan_constants(WORTH_A_THREAD=1, LEAST_SEQUENCES=1):
         yield counts
+
+
+@pytest.fixture(scope="module")
+def keras(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Keras on torch's CPU. It reads both variables when it is imported, and writes its settings to its home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KERAS_BACKEND", "torch")
+        patch.setenv("KERAS_HOME", str(tmp_path_factory.mktemp("keras")))
+        import keras
+    assert keras.config.backend() == "torch"
+    with keras.device("cpu"):
+        yield keras

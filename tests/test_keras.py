@@ -3,7 +3,6 @@
 Keras is in float32: on torch its products are, whatever the dtype. Ours is in float64, so the error is Keras's alone.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,18 +30,6 @@ GATES = {"LSTM": (0, 1, 2, 3), "GRU": (1, 0, 2), "SimpleRNN": (0,)}
 
 every_layer = pytest.mark.parametrize("name", LAYERS)
 every_backend = pytest.mark.parametrize("backend", OPTION_BACKENDS)
-
-
-@pytest.fixture(scope="module")
-def keras(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Keras on torch's CPU. It reads both variables when it is imported, and writes its settings to its home."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KERAS_BACKEND", "torch")
-        patch.setenv("KERAS_HOME", str(tmp_path_factory.mktemp("keras")))
-        import keras
-    assert keras.config.backend() == "torch"
-    with keras.device("cpu"):
-        yield keras
 
 
 def random(*shape: int) -> Tensor:
