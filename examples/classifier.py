@@ -20,33 +20,14 @@ BACKENDS = ("auto", "numba", "cuda", "reference", "torch")
 
 
 def make_rnn(cell: str, input_size: int, hidden_size: int, backend: str) -> nn.RNNBase:
-    """One recurrent layer, from rnnkern or (backend "torch") from torch.nn, with `initialise` applied."""
+    """One recurrent layer, from rnnkern or (backend "torch") from torch.nn."""
     name = cell.upper()
     rnn: nn.RNNBase
     if backend == "torch":
         rnn = getattr(nn, name)(input_size, hidden_size, batch_first=True)
     else:
         rnn = getattr(rnnkern, name)(input_size, hidden_size, batch_first=True, backend=backend)
-    initialise(rnn)
     return rnn
-
-
-def initialise(rnn: nn.RNNBase) -> None:
-    """Glorot-uniform input weights, orthogonal recurrent weights, zero biases, but 1 for LSTM's forget gate.
-
-    These are Keras's defaults. torch.nn draws all of them from U(-1/sqrt(H), 1/sqrt(H)), from which a plain RNN learns
-    markedly worse: an orthogonal matrix keeps the length of what goes through it, so gradients last over the steps.
-    """
-    for name, parameter in rnn.named_parameters():
-        if name.startswith("weight_ih"):
-            nn.init.xavier_uniform_(parameter)
-        elif name.startswith("weight_hh"):
-            nn.init.orthogonal_(parameter)
-        else:
-            nn.init.zeros_(parameter)
-        if name.startswith("bias_ih") and rnn.mode == "LSTM":
-            with torch.no_grad():
-                parameter[rnn.hidden_size : 2 * rnn.hidden_size] = 1  # gates i f g o: the second is forget
 
 
 class SequenceClassifier(lightning.LightningModule):
@@ -59,6 +40,7 @@ class SequenceClassifier(lightning.LightningModule):
         self.train_accuracy = MulticlassAccuracy(classes, average="micro")
         self.val_accuracy = MulticlassAccuracy(classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(classes, average="micro")
+        rnnkern.init_keras_(self)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits (B, classes) for sequences (B, T, I)."""

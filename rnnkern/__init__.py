@@ -2,7 +2,7 @@
 
 from rnnkern import functional
 from rnnkern.conversion import convert, to_torch
-from rnnkern.keras import from_keras, to_keras_weights
+from rnnkern.keras import from_keras, init_keras_, to_keras_weights
 from rnnkern.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __version__ = "0.1.0"
@@ -18,6 +18,7 @@ __all__ = [
     "convert",
     "from_keras",
     "functional",
+    "init_keras_",
     "to_keras_weights",
     "to_torch",
 ]

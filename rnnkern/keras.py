@@ -40,6 +40,11 @@ ACTIVATIONS = {"LSTM": ("tanh",), "GRU": ("tanh",), "SimpleRNN": ("tanh", "relu"
 # In what the two layers of a Bidirectional may differ.
 OF_ITS_OWN = ("name", "go_backwards", "seed", "zero_output_for_mask", "kernel_initializer", "recurrent_initializer")
 
+# What `init_keras_` draws: the modules, and the parameters of recurrent ones.
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+DRAWN = (*RECURRENT, nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
+OF_KERAS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
 
 class _Read(NamedTuple):
     """What a recurrent layer of Keras is."""
@@ -121,6 +126,65 @@ def to_keras_weights(module: nn.Module) -> list[Array]:
             "be modules of their own, and the rest cannot be carried over"
         )
     return [array for names in module._all_weights for array in _keras_arrays(module, [*names])]
+
+
+def init_keras_(model: nn.Module) -> nn.Module:
+    """Draws the weights of a model anew as Keras does by default, in place.
+
+    - Recurrent layers and cells, rnnkern's and torch.nn's: ``weight_ih`` glorot uniform, U(-a, a) with
+      a = sqrt(6 / (I + G*H)), the gates being one matrix; ``weight_hh`` with orthonormal columns, one matrix likewise;
+      the biases 0, but 1 in ``bias_ih`` for the forget gate of an LSTM. torch.nn draws all of them from
+      U(-1/sqrt(H), 1/sqrt(H)), from which a plain RNN learns markedly worse: an orthogonal matrix keeps the length of
+      what goes through it, so gradients last over the steps.
+    - Linear and convolutions of any kind: glorot uniform, the bias 0.
+    - Embedding: U(-0.05, 0.05), but 0 at ``padding_idx``.
+
+    All other parameters stay as they are: of modules of other kinds, peepholes, LayerNorm, projections. Where torch has
+    two biases Keras has one for LSTM, SimpleRNN and GRU with ``reset_after=False``: both learn here, so their sum moves
+    twice as far in a step of Adam; ``lstm.bias_hh_l0.requires_grad_(False)`` leaves one to learn.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: a weight is parametrised or pruned; initialise first. Nothing has been changed then.
+
+    Source: the defaults of Keras 3's layers; Glorot and Bengio 2010; Saxe et al. 2014.
+    """
+    chosen = [
+        (module, _own_parameters(name, module)) for name, module in model.named_modules() if isinstance(module, DRAWN)
+    ]
+    for module, parameters in chosen:
+        for name, parameter in parameters.items():
+            _draw(module, name, parameter)
+    return model
+
+
+def _own_parameters(where: str, module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that Keras's layer has, too."""
+    if nn.utils.parametrize.is_parametrized(module) or any(name.endswith("_orig") for name in module._parameters):
+        raise ValueError(
+            f"{where or 'the model itself'}: expected plain parameters, got {sorted(dict(module.named_parameters()))}: "
+            "it is parametrised or pruned; initialise it before that. Nothing was changed"
+        )
+    found = {name: p for name, p in module._parameters.items() if p is not None}
+    return {k: p for k, p in found.items() if k.startswith(OF_KERAS)} if isinstance(module, RECURRENT) else found
+
+
+@torch.no_grad()
+def _draw(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    if isinstance(module, nn.Embedding):
+        nn.init.uniform_(parameter, -0.05, 0.05)
+        if module.padding_idx is not None:
+            parameter[module.padding_idx] = 0
+    elif name.startswith("bias"):
+        nn.init.zeros_(parameter)
+        if name.startswith("bias_ih") and (isinstance(module, nn.LSTMCell) or getattr(module, "mode", "") == "LSTM"):
+            parameter.chunk(4)[1].fill_(1)  # gates i f g o
+    elif name.startswith("weight_hh"):
+        nn.init.orthogonal_(parameter)
+    else:
+        nn.init.xavier_uniform_(parameter)
 
 
 def _read(layer: Any, where: str) -> _Read:

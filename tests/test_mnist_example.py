@@ -22,7 +22,6 @@ from matplotlib.image import imread
 from numpy.typing import NDArray
 
 from examples import data
-from examples.classifier import make_rnn
 from examples.data import MNIST, Batches, IdxSource, load_images, read_idx
 from examples.mnist import main
 
@@ -205,14 +204,6 @@ def test_batches_cover_everything_once() -> None:
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
     assert len(shuffled) == len(list(shuffled)) == 3
-
-
-def test_initialisation_is_as_documented() -> None:
-    weights = make_rnn("lstm", 5, 7, "torch").state_dict()
-    recurrent = weights["weight_hh_l0"]
-    torch.testing.assert_close(recurrent.T @ recurrent, torch.eye(7))
-    assert weights["bias_ih_l0"].tolist() == [0.0] * 7 + [1.0] * 7 + [0.0] * 14
-    assert not weights["bias_hh_l0"].any()
 
 
 @pytest.mark.usefixtures("offline")
