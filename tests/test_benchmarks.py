@@ -39,7 +39,7 @@ def one_thread() -> Iterator[None]:
 
 def test_shapes_have_unique_names_and_every_family() -> None:
     assert len({shape.name for shape in SHAPES}) == len(SHAPES)
-    expected = "mnist text speech word large stream series rl tagger stacked packed lengths cell tiny odd"
+    expected = "mnist text speech word large stream series rl tagger stacked packed lengths cell tiny classifier odd"
     assert tuple(expected.split()) == FAMILIES
     assert {1, 256} <= {shape.B for shape in SHAPES}
     assert {1, 650} <= {shape.I for shape in SHAPES}
