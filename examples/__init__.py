@@ -1,1 +1,1 @@
-"""Small trainings that show rnnkern at work; run them from a checkout, for example `python examples/mnist.py`."""
+"""Trainings that show rnnkern at work, from a checkout: `python -m examples --list`, `python examples/mnist.py`."""

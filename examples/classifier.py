@@ -1,82 +1,151 @@
-"""A sequence classifier: a recurrent layer over the steps, its last hidden state into a linear layer."""
+"""What Lightning trains: a model that gives logits, its loss, its measures and its optimizer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import lightning
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import (
+    BinaryF1Score,
+    BinaryPrecision,
+    BinaryRecall,
+    BinarySpecificity,
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+)
 
-import rnnkern
+from examples.catalogue import Recipe
+from examples.data import Examples
 
-Batch = tuple[Tensor, Tensor]  # sequences (B, T, I), classes (B,)
-
-CELLS = ("lstm", "gru", "rnn")
-LEARNING_RATE = 2e-3
-BACKENDS = ("auto", "numba", "cuda", "reference", "torch")
-
-
-def make_rnn(cell: str, input_size: int, hidden_size: int, backend: str) -> nn.RNNBase:
-    """One recurrent layer, from rnnkern or (backend "torch") from torch.nn."""
-    name = cell.upper()
-    rnn: nn.RNNBase
-    if backend == "torch":
-        rnn = getattr(nn, name)(input_size, hidden_size, batch_first=True)
-    else:
-        rnn = getattr(rnnkern, name)(input_size, hidden_size, batch_first=True, backend=backend)
-    return rnn
+KERAS_EPSILON = 1e-7
+KERAS_DECAY = 0.9  # of RMSprop's mean of squares
+STAGES = ("train", "val", "test")
 
 
-class SequenceClassifier(lightning.LightningModule):
-    """Classifies sequences (B, T, I) by cross entropy, trained with Adam; logs `{train,val,test}_{loss,accuracy}`."""
+class RMSprop(torch.optim.Optimizer):
+    """RMSprop as Keras has it: g / sqrt(v + epsilon), where torch's divides by sqrt(v) + epsilon.
 
-    def __init__(self, rnn: nn.RNNBase, classes: int) -> None:
+    With Keras's epsilon, 1e-7, that is another step wherever gradients are below 3e-4, as those of embeddings are.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], rate: float) -> None:
+        super().__init__(parameters, {"lr": rate})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """A step down."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if not self.state[parameter]:
+                    self.state[parameter]["squares"] = torch.zeros_like(parameter)
+                squares = self.state[parameter]["squares"]
+                squares.mul_(KERAS_DECAY).addcmul_(parameter.grad, parameter.grad, value=1 - KERAS_DECAY)
+                parameter.addcdiv_(parameter.grad, (squares + KERAS_EPSILON).sqrt_(), value=-group["lr"])
+        return loss
+
+
+def make_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The recipe's, with Keras's constants."""
+    if recipe.optimizer == "rmsprop":
+        return RMSprop(parameters, recipe.rate)
+    return torch.optim.Adam(parameters, lr=recipe.rate, eps=KERAS_EPSILON)
+
+
+def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of logits (B, classes), or (B, 1) of two classes."""
+    if logits.shape[1] == 1:
+        return binary_cross_entropy_with_logits(logits.squeeze(1), labels.to(logits.dtype))
+    return cross_entropy(logits, labels)
+
+
+def decided(logits: Tensor) -> Tensor:
+    """The likeliest class (B,) of each."""
+    return (logits.squeeze(1) > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+
+
+def two_class_measures() -> MetricCollection:
+    """Of the second class among two; the rate of true positives is the recall by another name."""
+    return MetricCollection(
+        {
+            "precision": BinaryPrecision(),
+            "recall": BinaryRecall(),
+            "f1": BinaryF1Score(),
+            "tpr": BinaryRecall(),
+            "tnr": BinarySpecificity(),
+        },
+        compute_groups=False,
+    )
+
+
+class Classifier(lightning.LightningModule):
+    """Trains a model by cross entropy; logs `{train,val,test}_{loss,accuracy}`, each over a whole pass and over all
+    processes. After a test `confusion` (true class, decided class) and `measures` are there."""
+
+    def __init__(self, model: nn.Module, classes: int, recipe: Recipe) -> None:
         super().__init__()
-        self.rnn = rnn
-        self.head = nn.Linear(rnn.hidden_size, classes)
-        self.train_accuracy = MulticlassAccuracy(classes, average="micro")
-        self.val_accuracy = MulticlassAccuracy(classes, average="micro")
-        self.test_accuracy = MulticlassAccuracy(classes, average="micro")
-        rnnkern.init_keras_(self)
+        self.model, self.recipe = model, recipe
+        metrics: dict[str, nn.Module] = {f"{stage}_loss": MeanMetric() for stage in STAGES}
+        metrics |= {f"{stage}_accuracy": MulticlassAccuracy(classes, average="micro") for stage in STAGES}
+        self.metrics = nn.ModuleDict(metrics)
+        self.matrix = MulticlassConfusionMatrix(classes)
+        self.two_classes = two_class_measures() if classes == 2 else None
+        self.confusion: list[list[int]] = []
+        self.measures: dict[str, float] = {}
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Logits (B, classes) for sequences (B, T, I)."""
-        _, state = self.rnn(inputs)
-        h_n = state[0] if isinstance(state, tuple) else state  # LSTM's is (h_n, c_n)
-        logits: Tensor = self.head(h_n[-1])
+        """Logits (B, classes), or (B, 1) for two classes."""
+        logits: Tensor = self.model(inputs)
         return logits
 
-    def training_step(self, batch: Batch, index: int) -> Tensor:
+    def training_step(self, batch: Examples, index: int) -> Tensor:
         """The loss of a batch."""
-        return self._step("train", self.train_accuracy, batch)
+        return self._step("train", batch)[0]
 
-    def validation_step(self, batch: Batch, index: int) -> None:
-        """Logs a batch of the validation set."""
-        self._step("val", self.val_accuracy, batch)
+    def validation_step(self, batch: Examples, index: int) -> None:
+        """Logs a batch held out."""
+        self._step("val", batch)
 
-    def test_step(self, batch: Batch, index: int) -> None:
-        """Logs a batch of the test set."""
-        self._step("test", self.test_accuracy, batch)
+    def test_step(self, batch: Examples, index: int) -> None:
+        """Logs a batch of the test set, and all that is measured there alone."""
+        classes = self._step("test", batch)[1]
+        self.matrix.update(classes, batch.labels)
+        if self.two_classes is not None:
+            self.two_classes.update(classes, batch.labels)
 
-    def predict_step(self, batch: Batch, index: int) -> Tensor:
-        """The likeliest class (B,) of each sequence."""
-        return self.forward(batch[0]).argmax(dim=1)
+    def on_test_epoch_end(self) -> None:
+        """Sums it up."""
+        self.confusion = self.matrix.compute().tolist()
+        self.matrix.reset()
+        if self.two_classes is not None:
+            self.measures = {name: round(float(value), 6) for name, value in self.two_classes.compute().items()}
+            self.two_classes.reset()
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Adam, its rate falling in a line to 0 at the last step, so that the run does not end on a noisy epoch."""
-        optimizer = torch.optim.Adam(self.parameters(), lr=LEARNING_RATE)
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The recipe's optimizer; where it says decay, the rate falls in a line to 0 at the last step."""
+        optimizer = make_optimizer(self.recipe, self.parameters())
+        if not self.recipe.decay:
+            return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _step(self, stage: str, accuracy: Metric, batch: Batch) -> Tensor:
-        inputs, labels = batch
-        logits = self.forward(inputs)
-        loss = cross_entropy(logits, labels)
-        accuracy.update(logits, labels)
-        shown: dict[str, Metric | Tensor | int | float] = {f"{stage}_loss": loss, f"{stage}_accuracy": accuracy}
-        self.log_dict(shown, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
-        return loss
+    def _step(self, stage: str, batch: Examples) -> tuple[Tensor, Tensor]:
+        logits = self(batch.inputs)
+        loss, classes = loss_of(logits, batch.labels), decided(logits.detach())
+        shown: dict[str, Any] = {name: self.metrics[name] for name in (f"{stage}_loss", f"{stage}_accuracy")}
+        shown[f"{stage}_loss"].update(loss.detach(), weight=len(batch.labels))
+        shown[f"{stage}_accuracy"].update(classes, batch.labels)
+        self.log_dict(shown, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.labels))
+        return loss, classes

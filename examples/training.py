@@ -1,4 +1,4 @@
-"""One training, from the data to a folder of results: the part that all examples share."""
+"""One training, from the data to a folder of results, and the test of what it left there."""
 
 from __future__ import annotations
 
@@ -7,40 +7,55 @@ import logging
 import statistics
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
-from torch import Tensor
 
 import rnnkern
-from examples.classifier import SequenceClassifier, make_rnn
-from examples.data import Batches, ImageData
-from examples.plots import plot_curves, plot_predictions
+from examples.arguments import Refused
+from examples.catalogue import Entry
+from examples.classifier import Classifier, decided
+from examples.data import Batches, Dataset
+from examples.layers import TORCH
+from examples.models import build, counts, summary, torch_has
+from examples.plots import GRID, plot_confusion, plot_curves, plot_predictions
+from examples.timing import both_ways, seconds_a_frame
 
-BATCH_SIZE = 64
-VALIDATION_SPLIT = 0.2
-GRADIENT_NORM = 1.0  # longer gradients are cut to it: a plain RNN has a steep one now and then
-OUTPUTS = ("result.json", "curves.png", "predictions.png", "last.ckpt", "best.ckpt")
+TEST_BATCH = 500
+RESULT, CHECKPOINT = "result.json", "model.ckpt"
+OUTPUTS = (RESULT, CHECKPOINT, "curves.png", "confusion.png", "predictions.png")
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no list of absent hardware, no advertisement
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is asked to do; `early_stopping` is a patience in epochs, `limit_steps` cuts every pass short."""
+    """What a run is asked to do beside its entry: `epochs` in place of the recipe's, `limit_steps` cuts every pass
+    short, `against_torch` times the steps against torch.nn's, too."""
 
-    cell: str
-    hidden: int
-    epochs: int
-    backend: str
-    early_stopping: int | None
-    seed: int
-    limit_steps: int | None
-    runs_dir: Path
+    epochs: int | None = None
+    backend: str = "auto"
+    seed: int = 0
+    devices: int = 1
+    nodes: int = 1
+    limit_steps: int | None = None
+    against_torch: bool = False
+    runs_dir: Path = Path("runs")
+
+    def asked(self, entry: Entry) -> dict[str, int | None]:
+        """What settles the results of an entry, beside the backend."""
+        epochs = self.epochs or entry.family.recipe.epochs
+        return {"epochs": epochs, "seed": self.seed, "limit_steps": self.limit_steps}
+
+    def folder(self, entry: Entry) -> Path:
+        """Where a run of an entry writes."""
+        name = entry.name + entry.variant
+        return self.runs_dir / (name if self.backend == "auto" else f"{name}-{self.backend}")
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,14 @@ class Result:
     backend: str
     torch: str
     rnnkern: str
+    entry: str
+    keras_parameters: int  # the same in Keras's convention
+    asked: dict[str, int | None]  # epochs, seed and limit_steps
+    threads: int
+    measures: dict[str, float]  # of two classes; and of clips, seconds a frame
+    step_seconds: dict[str, float]  # an epoch's steps alone, rnnkern's and torch.nn's in turn, if that was asked for
+    confusion: list[list[int]] = field(repr=False)
+    history: list[dict[str, float]] = field(repr=False)
 
 
 class History(Callback):
@@ -73,93 +96,169 @@ class History(Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Notes the epoch."""
         self.seconds.append(time.perf_counter() - self._start)
-        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        self.metrics.append({name: round(float(value), 6) for name, value in trainer.callback_metrics.items()})
 
 
-def train(data: ImageData, settings: Settings) -> Result:
-    """Trains and tests a classifier, leaves checkpoint, result.json and plots in runs_dir/name, prints the outcome."""
-    lightning.seed_everything(settings.seed, verbose=False)
-    name = f"{data.name}-{settings.cell}-{settings.hidden}"
-    if settings.backend != "auto":
-        name += f"-{settings.backend}"
-    folder = empty_folder(settings.runs_dir / name)
+def check(entry: Entry, settings: Settings) -> None:
+    """Raises Refused if an entry cannot be trained so."""
+    batch, processes = entry.family.recipe.batch, settings.devices * settings.nodes
+    if batch % processes:
+        raise Refused(
+            f"--devices times --nodes: expected a divisor of the batch of {batch}, got {processes}; choose others"
+        )
+    if settings.backend == TORCH and not torch_has(entry.layers):
+        raise Refused(
+            f"--backend: torch.nn has no recurrent_dropout and no reset_after=False, which {entry.name} needs; "
+            "leave the option out"
+        )
 
-    rnn = make_rnn(settings.cell, data.train_images.shape[-1], settings.hidden, settings.backend)
-    model = SequenceClassifier(rnn, classes=int(data.train_labels.max()) + 1)
+
+def is_done(entry: Entry, settings: Settings) -> bool:
+    """Whether there is a result of just such a run."""
+    path = settings.folder(entry) / RESULT
+    return path.is_file() and json.loads(path.read_text()).get("asked") == settings.asked(entry)
+
+
+def train(entry: Entry, data: Dataset, settings: Settings) -> Result:
+    """Trains and tests an entry's model, leaves result.json, checkpoint and pictures, and prints the outcome."""
+    recipe, epochs = entry.family.recipe, settings.epochs or entry.family.recipe.epochs
+    model = make_classifier(entry, data, settings)
+    folder = settings.folder(entry)
     history = History()
-    trainer = make_trainer(settings, folder, history)
-    test = Batches(data.test_images, data.test_labels, BATCH_SIZE)
-    with warnings.catch_warnings():
-        # Lightning 2.6 calls what torch 2.13 deprecates; nothing here can change that
-        warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
-        trainer.fit(model, *split_batches(data))
-        best = "best" if settings.early_stopping else None
-        metrics = trainer.test(model, test, ckpt_path=best, verbose=False)[0]
-        predicted = torch.cat(cast("list[Tensor]", trainer.predict(model, test)))
-
+    trainer = make_trainer(entry, settings, epochs, folder, history)
+    if trainer.is_global_zero:
+        empty(folder)
+        print(f"{entry.name}: {entry.family.title}, {epochs} epochs, {len(data.train.labels):,} examples")
+        print(summary(entry.layers, tuple(data.train.inputs.shape[1:]), model.model))  # type: ignore[arg-type]
+    training, held_out = (data.train, None) if recipe.holdout is None else recipe.holdout.split(data.train)
+    order = torch.Generator().manual_seed(settings.seed)
+    with quiet():
+        trainer.fit(
+            model,
+            Batches(training, recipe.batch, order, recipe.drop_last),
+            None if held_out is None else Batches(held_out, TEST_BATCH),
+        )
+        metrics = trainer.test(model, Batches(data.test, TEST_BATCH), ckpt_path=folder / CHECKPOINT, verbose=False)[0]
+    keras_parameters, parameters = counts(model.model)
     result = Result(
-        name=name,
-        cell=settings.cell,
+        name=folder.name,
+        cell=entry.cell,
         test_accuracy=round(metrics["test_accuracy"], 6),
         test_loss=round(metrics["test_loss"], 6),
         epochs=len(history.seconds),
         seconds_per_epoch=round(statistics.median(history.seconds), 3),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=parameters,
         backend=settings.backend,
         torch=torch.__version__,
         rnnkern=rnnkern.__version__,
+        entry=entry.name,
+        keras_parameters=keras_parameters,
+        asked=settings.asked(entry),
+        threads=torch.get_num_threads(),
+        measures=model.measures | seconds_a_frame(model.model, data),
+        step_seconds=both_ways(entry, data, settings.seed) if settings.against_torch else {},
+        confusion=model.confusion,
+        history=history.metrics,
     )
-    (folder / "result.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
-    layer = f"{settings.cell.upper()} of {settings.hidden} units"
-    title = f"{layer} on {data.name}: test accuracy {result.test_accuracy:.2%}"
-    plot_curves(history.metrics, title, folder / "curves.png")
-    truth = data.test_labels[: len(predicted)]
-    plot_predictions(data.test_images, truth, predicted, title, folder / "predictions.png")
-    print(f"test accuracy {result.test_accuracy:.4f}; plots: {folder / 'curves.png'} and {folder / 'predictions.png'}")
+    if trainer.is_global_zero:
+        leave(result, entry, data, model, folder)
     return result
 
 
-def empty_folder(folder: Path) -> Path:
-    """The folder, made if need be, without what an earlier run of the same name left there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in OUTPUTS:
-        (folder / file).unlink(missing_ok=True)
-    return folder
+def evaluate(entry: Entry, data: Dataset, settings: Settings) -> dict[str, float]:
+    """Tests what a run left: accuracy, loss, and the measures of two classes.
+
+    Raises:
+        Refused: there is no checkpoint.
+    """
+    checkpoint = settings.folder(entry) / CHECKPOINT
+    if not checkpoint.is_file():
+        raise Refused(f"{checkpoint}: expected what a training left, found nothing; train {entry.name} first")
+    model = make_classifier(entry, data, settings)
+    trainer = make_trainer(entry, settings, 1, checkpoint.parent, History())
+    with quiet():
+        metrics = trainer.test(model, Batches(data.test, TEST_BATCH), ckpt_path=checkpoint, verbose=False)[0]
+    return {name.removeprefix("test_"): round(value, 6) for name, value in metrics.items()} | model.measures
 
 
-def split_batches(data: ImageData) -> tuple[Batches, Batches]:
-    """Training and validation batches, drawn at random from the training images."""
-    order = torch.randperm(len(data.train_labels))
-    validation, training = order.tensor_split([round(VALIDATION_SPLIT * len(order))])
-    return (
-        Batches(data.train_images[training], data.train_labels[training], BATCH_SIZE, shuffle=True),
-        Batches(data.train_images[validation], data.train_labels[validation], BATCH_SIZE),
-    )
+def make_classifier(entry: Entry, data: Dataset, settings: Settings) -> Classifier:
+    """The model with weights drawn by the seed."""
+    lightning.seed_everything(settings.seed, verbose=False)
+    model = build(entry.layers, tuple(data.train.inputs.shape[1:]), settings.backend)
+    return Classifier(model, len(data.classes), entry.family.recipe)
 
 
-def make_trainer(settings: Settings, folder: Path, history: History) -> lightning.Trainer:
-    """A Lightning trainer that writes to `folder` only."""
-    callbacks: list[Callback] = [history, TQDMProgressBar(refresh_rate=25)]
-    if settings.early_stopping is None:
-        callbacks.append(ModelCheckpoint(folder, filename="last", enable_version_counter=False))
-    else:
-        callbacks.append(EarlyStopping(monitor="val_loss", patience=settings.early_stopping))
-        callbacks.append(
-            ModelCheckpoint(folder, filename="best", monitor="val_loss", save_last=True, enable_version_counter=False)
-        )
+def make_trainer(entry: Entry, settings: Settings, epochs: int, folder: Path, history: History) -> lightning.Trainer:
+    """A Lightning trainer that writes to `folder` only. With a patience the best weights are kept there, else the
+    last."""
+    recipe, limit = entry.family.recipe, settings.limit_steps
+    monitor = "val_loss" if recipe.patience else None
+    callbacks: list[Callback] = [
+        history,
+        TQDMProgressBar(refresh_rate=25),
+        ModelCheckpoint(
+            folder,
+            filename=Path(CHECKPOINT).stem,
+            monitor=monitor,
+            save_weights_only=True,
+            enable_version_counter=False,
+        ),
+    ]
+    if recipe.patience:
+        callbacks.append(EarlyStopping(monitor="val_loss", patience=recipe.patience))
     on_cuda = settings.backend != "numba" and torch.cuda.is_available()
     return lightning.Trainer(
         accelerator="cuda" if on_cuda else "cpu",
-        devices=1,
-        max_epochs=settings.epochs,
-        limit_train_batches=settings.limit_steps,
-        limit_val_batches=settings.limit_steps,
-        limit_test_batches=settings.limit_steps,
-        limit_predict_batches=settings.limit_steps,
+        devices=settings.devices,
+        num_nodes=settings.nodes,
+        strategy="ddp" if settings.devices * settings.nodes > 1 else "auto",
+        use_distributed_sampler=False,  # Batches shares out
+        max_epochs=epochs,
+        limit_train_batches=limit,
+        limit_val_batches=limit,
+        limit_test_batches=limit,
         num_sanity_val_steps=0,
-        gradient_clip_val=GRADIENT_NORM,
+        gradient_clip_val=recipe.clip,
         callbacks=callbacks,
         logger=False,
         default_root_dir=folder,
         enable_model_summary=False,
+    )
+
+
+def empty(folder: Path) -> None:
+    """Makes the folder, or removes what an earlier run of the same name left there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in OUTPUTS:
+        (folder / file).unlink(missing_ok=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without two warnings that mean nothing here: Lightning 2.6 calls what torch 2.13 deprecates, and wonders at a
+    training without validation, as some of the published ones are."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
+        warnings.filterwarnings("ignore", "You defined a `validation_step` but have no `val_dataloader`")
+        yield
+
+
+@torch.no_grad()
+def leave(result: Result, entry: Entry, data: Dataset, model: Classifier, folder: Path) -> None:
+    """Draws the pictures and writes result.json, which comes last: where it is, a run was finished."""
+    title = f"{result.name}: test accuracy {result.test_accuracy:.2%}"
+    plot_curves(result.history, title, folder / "curves.png")
+    plot_confusion(result.confusion, data.classes, title, folder / "confusion.png")
+    first = data.test.take(slice(GRID[0] * GRID[1]))
+    if first.inputs.is_floating_point() and first.inputs.dim() < 5:  # images
+        predicted = decided(model.eval()(first.inputs.to(model.device))).tolist()
+        plot_predictions(
+            first.inputs, first.labels.tolist(), predicted, data.classes, title, folder / "predictions.png"
+        )
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in asdict(result).items())
+    (folder / RESULT).write_text(f"{{\n{lines}\n}}\n")
+    published = "" if entry.accuracy is None else f" (published {entry.accuracy:.4f})"
+    print(
+        f"test accuracy {result.test_accuracy:.4f}{published}, loss {result.test_loss:.4f}, "
+        f"{result.seconds_per_epoch:.1f} s an epoch; written to {folder}"
     )

@@ -1,5 +1,10 @@
-"""Two processes of DistributedDataParallel, each with half of the batch, have the gradients of one with all of it."""
+"""Two processes of DistributedDataParallel, each with half of the batch, have the gradients of one with all of it, and
+train as one does."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,7 @@ from torch.multiprocessing.spawn import spawn
 
 import rnnkern
 from rnnkern.cells import TORCH_CELLS
+from tests import ddp_run
 from tests.tables import layer_class, nonlinearity, relative_rms
 
 PROCESSES = 2
@@ -69,3 +75,20 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path, monkeypatch: py
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             assert relative_rms(found[name], gradient) < 1e-12, name
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
+def test_lightning_trains_in_two_processes_as_in_one(tmp_path: Path) -> None:
+    """An entry of the examples' catalogue, with the same batches over all: the same losses and measures."""
+    command = [sys.executable, "-m", "tests.ddp_run", str(tmp_path / "two"), str(PROCESSES)]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    root = Path(__file__).parent.parent
+    said = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=root)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.count("test accuracy") == 1
+    ddp_run.run(tmp_path / "one", 1)
+    one, two = (json.loads((tmp_path / n / "mnist-lstm" / "result.json").read_text()) for n in ("one", "two"))
+    for alone, together in zip(one["history"], two["history"], strict=True):
+        assert alone["train_loss"] == pytest.approx(together["train_loss"], rel=1e-4)
+    assert one["test_loss"] == pytest.approx(two["test_loss"], rel=1e-4)
+    assert sum(map(sum, one["confusion"])) == sum(map(sum, two["confusion"])) == 360
