@@ -96,9 +96,10 @@ class Classifier(lightning.LightningModule):
     def __init__(self, model: nn.Module, classes: int, recipe: Recipe) -> None:
         super().__init__()
         self.model, self.recipe = model, recipe
-        metrics: dict[str, nn.Module] = {f"{stage}_loss": MeanMetric() for stage in STAGES}
-        metrics |= {f"{stage}_accuracy": MulticlassAccuracy(classes, average="micro") for stage in STAGES}
-        self.metrics = nn.ModuleDict(metrics)
+        self.metrics: Any = nn.ModuleDict()
+        for stage in STAGES:
+            self.metrics[f"{stage}_loss"] = MeanMetric()
+            self.metrics[f"{stage}_accuracy"] = MulticlassAccuracy(classes, average="micro", validate_args=False)
         self.matrix = MulticlassConfusionMatrix(classes)
         self.two_classes = two_class_measures() if classes == 2 else None
         self.confusion: list[list[int]] = []
@@ -114,18 +115,23 @@ class Classifier(lightning.LightningModule):
         return self._step("train", batch)[0]
 
     def validation_step(self, batch: Examples, index: int) -> None:
-        """Logs a batch held out."""
+        """Counts a batch held out."""
         self._step("val", batch)
 
     def test_step(self, batch: Examples, index: int) -> None:
-        """Logs a batch of the test set, and all that is measured there alone."""
+        """Counts a batch of the test set, and measures what is measured there alone."""
         classes = self._step("test", batch)[1]
         self.matrix.update(classes, batch.labels)
         if self.two_classes is not None:
             self.two_classes.update(classes, batch.labels)
 
+    def on_validation_epoch_end(self) -> None:
+        """Logs what early stopping watches."""
+        self.sum_up("val")
+
     def on_test_epoch_end(self) -> None:
-        """Sums it up."""
+        """Logs the results, and keeps what is no number."""
+        self.sum_up("test")
         self.confusion = self.matrix.compute().tolist()
         self.matrix.reset()
         if self.two_classes is not None:
@@ -141,11 +147,19 @@ class Classifier(lightning.LightningModule):
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def sum_up(self, stage: str) -> dict[str, float]:
+        """The loss and accuracy of a pass, over all processes; the next pass starts anew. Once a pass and not once a
+        step, as Lightning would log metrics, which takes more time than a small model."""
+        found = {name: metric for name, metric in self.metrics.items() if name.startswith(stage)}
+        values = {name: float(metric.compute()) for name, metric in found.items()}
+        for metric in found.values():
+            metric.reset()
+        self.log_dict(values, prog_bar=True, sync_dist=True)
+        return values
+
     def _step(self, stage: str, batch: Examples) -> tuple[Tensor, Tensor]:
         logits = self(batch.inputs)
         loss, classes = loss_of(logits, batch.labels), decided(logits.detach())
-        shown: dict[str, Any] = {name: self.metrics[name] for name in (f"{stage}_loss", f"{stage}_accuracy")}
-        shown[f"{stage}_loss"].update(loss.detach(), weight=len(batch.labels))
-        shown[f"{stage}_accuracy"].update(classes, batch.labels)
-        self.log_dict(shown, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.labels))
+        self.metrics[f"{stage}_loss"].update(loss.detach(), weight=len(batch.labels))
+        self.metrics[f"{stage}_accuracy"].update(classes, batch.labels)
         return loss, classes

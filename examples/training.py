@@ -95,8 +95,11 @@ class History(Callback):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Notes the epoch."""
+        assert isinstance(pl_module, Classifier)
         self.seconds.append(time.perf_counter() - self._start)
-        self.metrics.append({name: round(float(value), 6) for name, value in trainer.callback_metrics.items()})
+        found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
+        found |= pl_module.sum_up("train")
+        self.metrics.append({name: round(value, 6) for name, value in found.items()})
 
 
 def check(entry: Entry, settings: Settings) -> None:
