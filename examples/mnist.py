@@ -18,12 +18,12 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file, not as a module: Python then looks in examples/, not above it
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from examples.arguments import add_settings, positive
+from examples.arguments import Refused, add_settings, positive
 from examples.catalogue import CELLS, MNIST_128, Entry, Recipe, last
 from examples.data import Dataset, Holdout, NotFetchedError
 from examples.images import MNIST, digits, load_idx
 from examples.layers import Recurrent
-from examples.training import Result, Settings, train
+from examples.training import Result, Settings, check, train
 
 RECIPE = Recipe(10, 64, rate=2e-3, holdout=Holdout(), decay=True, clip=1.0)
 
@@ -33,13 +33,15 @@ def main(argv: Sequence[str] | None = None) -> Result:
     parser = make_parser()
     options = vars(parser.parse_args(argv))
     cell, hidden, patience = (options.pop(name) for name in ("cell", "hidden", "early_stopping"))
+    family = replace(MNIST_128, recipe=replace(RECIPE, patience=patience))
     try:
         data = load(options.pop("data_dir"))
-    except (FileNotFoundError, ValueError) as error:
+        entry = Entry(f"{data.name}-{cell}-{hidden}", family, last(Recurrent(cell, hidden)))
+        settings = Settings(**options)
+        check(entry, settings)
+    except (FileNotFoundError, ValueError, Refused) as error:
         parser.error(str(error))
-    family = replace(MNIST_128, recipe=replace(RECIPE, patience=patience))
-    entry = Entry(f"{data.name}-{cell}-{hidden}", family, last(Recurrent(cell, hidden)))
-    return train(entry, data, Settings(**options))
+    return train(entry, data, settings)
 
 
 def load(data_dir: Path | None) -> Dataset:

@@ -109,6 +109,8 @@ def check(entry: Entry, settings: Settings) -> None:
         raise Refused(
             f"--devices times --nodes: expected a divisor of the batch of {batch}, got {processes}; choose others"
         )
+    if settings.backend == "cuda" and not torch.cuda.is_available():
+        raise Refused("--backend: expected a CUDA device for cuda, found none; leave the option out")
     if settings.backend == TORCH and not torch_has(entry.layers):
         raise Refused(
             f"--backend: torch.nn has no recurrent_dropout and no reset_after=False, which {entry.name} needs; "
@@ -259,7 +261,9 @@ def leave(result: Result, entry: Entry, data: Dataset, model: Classifier, folder
             first.inputs, first.labels.tolist(), predicted, data.classes, title, folder / "predictions.png"
         )
     lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in asdict(result).items())
-    (folder / RESULT).write_text(f"{{\n{lines}\n}}\n")
+    unfinished = folder / f"{RESULT}.part"
+    unfinished.write_text(f"{{\n{lines}\n}}\n")
+    unfinished.replace(folder / RESULT)
     published = "" if entry.accuracy is None else f" (published {entry.accuracy:.4f})"
     print(
         f"test accuracy {result.test_accuracy:.4f}{published}, loss {result.test_loss:.4f}, "

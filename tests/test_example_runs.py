@@ -39,7 +39,8 @@ PICTURES = {"curves.png", "confusion.png", "predictions.png"}
 
 @pytest.fixture(autouse=True)
 def small_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A data folder with a tiny MNIST and IMDB, few clips; nothing is written but to a folder of the test."""
+    """A data folder with a tiny MNIST and IMDB, few clips, no GPU; nothing is written but to a folder of the test."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     write_idx(tmp_path / "data" / "mnist", 96, 20, (28, 28))
     write_imdb(tmp_path / "data")
     monkeypatch.setenv("RNNKERN_DATA_DIR", str(tmp_path / "data"))
@@ -115,6 +116,8 @@ def test_clips_against_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measures["precision"] == pytest.approx(tp / max(tp + fp, 1), abs=1e-6)
     assert measures["seconds_a_frame"] > 0
     assert set(result["step_seconds"]) == {"rnnkern", "torch"}
+    main(["report"])
+    assert f"| clips-2bilstm | {100 * measures['precision']:.2f} |" in Path("docs/results.md").read_text()
 
 
 QUICK = ["--epochs", "1", "--limit-steps", "2"]
@@ -124,12 +127,12 @@ def test_all_goes_on_where_it_was_interrupted(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "both_ways", lambda *_: {"rnnkern": 1.0, "torch": 2.0})
-    pattern = "mnist-*-reset-before"
+    pattern = "mnist-???-64-3*"
     main(["mnist-rnn", *QUICK])
     before = Path("runs/mnist-rnn/result.json").read_text()
     main(["all", "mnist-rnn", pattern, "cifar-rnn-no", *QUICK])
     said = capsys.readouterr().out
-    assert "[1/2] mnist-rnn\n[2/2] mnist-gru-reset-before\nmnist-gru-reset-before: MNIST" in said
+    assert "[1/2] mnist-rnn\n[2/2] mnist-rnn-64-32\nmnist-rnn-64-32: MNIST" in said
     assert Path("runs/mnist-rnn/result.json").read_text() == before
     main(["all", "mnist-rnn", "--epochs", "2", "--limit-steps", "2"])  # not that run
     assert result_of("mnist-rnn")["epochs"] == 2
@@ -171,6 +174,7 @@ def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
         (["mnist-gru-reset-before", "--backend", "torch"], "--backend: torch.nn has no recurrent_dropout and no reset"),
         (["mnist-rnn", "--devices", "3"], "--devices times --nodes: expected a divisor of the batch of 32, got 3"),
         (["all", "nothing*"], "all: expected names or patterns of the catalogue, got nothing*"),
+        (["mnist-rnn", "--backend", "cuda"], "--backend: expected a CUDA device for cuda, found none"),
         (["report"], "runs: expected runs of the catalogue, found none"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
