@@ -93,7 +93,7 @@ class Classifier(lightning.LightningModule):
     """Trains a model by cross entropy; logs `{train,val,test}_{loss,accuracy}`, each over a whole pass and over all
     processes. After a test `confusion` (true class, decided class) and `measures` are there."""
 
-    def __init__(self, model: nn.Module, classes: int, recipe: Recipe) -> None:
+    def __init__(self, model: nn.Sequential, classes: int, recipe: Recipe) -> None:
         super().__init__()
         self.model, self.recipe = model, recipe
         self.metrics: Any = nn.ModuleDict()

@@ -7,7 +7,7 @@ import logging
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -134,7 +134,7 @@ def train(entry: Entry, data: Dataset, settings: Settings) -> Result:
     if trainer.is_global_zero:
         empty(folder)
         print(f"{entry.name}: {entry.family.title}, {epochs} epochs, {len(data.train.labels):,} examples")
-        print(summary(entry.layers, tuple(data.train.inputs.shape[1:]), model.model))  # type: ignore[arg-type]
+        print(summary(entry.layers, tuple(data.train.inputs.shape[1:]), model.model))
     training, held_out = (data.train, None) if recipe.holdout is None else recipe.holdout.split(data.train)
     order = torch.Generator().manual_seed(settings.seed)
     with quiet():
@@ -144,12 +144,22 @@ def train(entry: Entry, data: Dataset, settings: Settings) -> Result:
             None if held_out is None else Batches(held_out, TEST_BATCH),
         )
         metrics = trainer.test(model, Batches(data.test, TEST_BATCH), ckpt_path=folder / CHECKPOINT, verbose=False)[0]
+    result = outcome(entry, data, settings, model, metrics, history)
+    if trainer.is_global_zero:
+        leave(result, entry, data, model, folder)
+    return result
+
+
+def outcome(
+    entry: Entry, data: Dataset, settings: Settings, model: Classifier, tested: Mapping[str, float], history: History
+) -> Result:
+    """All that is known after a test, and what has yet to be timed."""
     keras_parameters, parameters = counts(model.model)
-    result = Result(
-        name=folder.name,
+    return Result(
+        name=settings.folder(entry).name,
         cell=entry.cell,
-        test_accuracy=round(metrics["test_accuracy"], 6),
-        test_loss=round(metrics["test_loss"], 6),
+        test_accuracy=round(tested["test_accuracy"], 6),
+        test_loss=round(tested["test_loss"], 6),
         epochs=len(history.seconds),
         seconds_per_epoch=round(statistics.median(history.seconds), 3),
         parameters=parameters,
@@ -165,9 +175,6 @@ def train(entry: Entry, data: Dataset, settings: Settings) -> Result:
         confusion=model.confusion,
         history=history.metrics,
     )
-    if trainer.is_global_zero:
-        leave(result, entry, data, model, folder)
-    return result
 
 
 def evaluate(entry: Entry, data: Dataset, settings: Settings) -> dict[str, float]:
