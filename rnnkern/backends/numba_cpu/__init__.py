@@ -11,6 +11,7 @@ from rnnkern.backends.numba_cpu.ahead import inference_plan, layer_plan
 from rnnkern.backends.numba_cpu.optional_plans import named_extras
 from rnnkern.backends.numba_cpu.plans import WEIGHTS, Cut
 from rnnkern.backends.numba_cpu.ways import adds_rows, way_of
+from rnnkern.backends.pages import in_huge_pages
 
 
 def _prepared(layer: Layer) -> Layer:
@@ -82,8 +83,8 @@ def forward(layer: Layer, save: bool) -> States:
         layer.rows(directions * layer.outputs),
         torch.empty_like(layer.h0, memory_format=torch.contiguous_format),
         None if layer.c0 is None else torch.empty_like(layer.c0, memory_format=torch.contiguous_format),
-        layer.saved_rows(directions, layer.kept * layer.hidden) if keep else None,
-        layer.cell_rows() if cell.has_c and (save or layer.extras.states) else None,
+        in_huge_pages(layer.saved_rows(directions, layer.kept * layer.hidden)) if keep else None,
+        in_huge_pages(layer.cell_rows()) if cell.has_c and (save or layer.extras.states) else None,
     )
     key = _strides(layer.x, layer.h0, layer.c0, *states, *(w for weights in layer.weights for w in weights))
     plan = _plan(way.forward_plan, layer, states, key=key)

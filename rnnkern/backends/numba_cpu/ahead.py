@@ -12,6 +12,7 @@ from rnnkern.backends import Cotangents, Extras, Given, Layer, Saved, States, co
 from rnnkern.backends.numba_cpu.optional_plans import EXTRAS, named_shares
 from rnnkern.backends.numba_cpu.plans import WEIGHTS, Address, Plan
 from rnnkern.backends.numba_cpu.ways import adds_rows, way_of
+from rnnkern.backends.pages import in_huge_pages
 from rnnkern.cells import Weights, split_directions
 from rnnkern.shortcut import Form
 
@@ -227,8 +228,8 @@ class LayerPlan(_Ahead):
         h_n = x.new_empty(self.h_shape)
         c_n = x.new_empty(self.c_shape) if self.has_c else h_n
         y = h_n if self.form.step else x.new_empty(self.y_shape)
-        gates = h_n if self.gates_shape is None else x.new_empty(self.gates_shape)
-        cells = h_n if self.cells_shape is None else x.new_empty(self.cells_shape)
+        gates = h_n if self.gates_shape is None else in_huge_pages(x.new_empty(self.gates_shape))
+        cells = h_n if self.cells_shape is None else in_huge_pages(x.new_empty(self.cells_shape))
         workspace = self.forward_space.take(x)
         initial, others = self._initial(tensors), (*tensors[self.first_weight :], *self.shares)
         everything = [workspace, x, y, h_n, c_n, *initial, gates, cells, *others]
