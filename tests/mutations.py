@@ -94,7 +94,7 @@ PYTHON = [
         "shares",
         "rnn_tanh",
         {
-            "gradients of shares not added": ("of_shares.sum(0)", "of_shares[0]"),
+            "gradients of shares not added": ("total(of_shares, zero)", "of_shares[0]"),
         },
     ),
     *mutations(
@@ -179,7 +179,7 @@ PYTHON = [
         "GRU",
         {
             "by a plan: dx of the reverse direction dropped": ("dx[0].add_(other)", "pass"),
-            "by a plan: gradients of shares not added": ("g.sum(0)", "g[0]"),
+            "by a plan: gradients of shares not added": ("total(g, plan.zero)", "g[0]"),
             "by a plan: another layout of the gradient": (
                 "key = (tuple(needs), *[None if g is None else g.stride() for g in given])",
                 "key = (tuple(needs), *[g is None for g in given])",

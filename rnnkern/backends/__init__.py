@@ -122,9 +122,9 @@ class Layer(NamedTuple):
         return self.batch_major and self.batch_sizes is None and self.lengths is None
 
     def rows(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A buffer with a row of `shape` for each row of x: (T, B, *shape), or (N, *shape) when packed. Zero where a
-        sequence has ended, else uninitialised."""
-        if self.order is not None or self.lengths is not None:
+        """A buffer with a row of `shape` for each row of x: (T, B, *shape), or (N, *shape) when packed. Uninitialised,
+        but zero where only the device knows the lengths; with `order`, a sweep clears the rows behind a sequence."""
+        if self.lengths is not None:
             return self.x.new_zeros(*self.x.shape[:2], *shape, dtype=dtype)
         return empty_rows(self.x, shape, self.batch_major_rows, dtype)
 

@@ -10,7 +10,7 @@ from rnnkern.backends import Cotangents, Layer, Needs, Saved, States, readable
 from rnnkern.backends.numba_cpu.ahead import inference_plan, layer_plan
 from rnnkern.backends.numba_cpu.optional_plans import named_extras
 from rnnkern.backends.numba_cpu.plans import WEIGHTS, Cut
-from rnnkern.backends.numba_cpu.ways import adds_rows, way_of
+from rnnkern.backends.numba_cpu.ways import adds_rows, total, way_of
 from rnnkern.backends.pages import in_huge_pages
 
 
@@ -125,7 +125,7 @@ def backward(layer: Layer, saved: Saved, grads: Cotangents, needs: Needs) -> lis
         tensors["dc0"] if needs.c0 else None,
         tensors["dreset_h"],
         tensors["dreset_c"],
-        *(_total(tensors[f"d{name}{d}"]) for d in range(len(layer.weights)) for name in WEIGHTS),
+        *(_total(tensors[f"d{name}{d}"], cut.zero) for d in range(len(layer.weights)) for name in WEIGHTS),
     ]
 
 
@@ -142,8 +142,8 @@ def _input_gradient(tensors: dict[str, Tensor | None], directions: int) -> Tenso
     return dx
 
 
-def _total(of_shares: Tensor | None) -> Tensor | None:
-    """(shares, ...) -> the sum over shares, in their order."""
+def _total(of_shares: Tensor | None, zero: Any) -> Tensor | None:
+    """(shares, ...) -> the sum over shares."""
     if of_shares is None or of_shares.shape[0] > 1:
-        return None if of_shares is None else of_shares.sum(0)
+        return None if of_shares is None else total(of_shares, zero)
     return of_shares.squeeze(0)

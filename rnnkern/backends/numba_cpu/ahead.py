@@ -11,7 +11,7 @@ from torch import Tensor
 from rnnkern.backends import Cotangents, Extras, Given, Layer, Saved, States, compute_dtype, is_readable, readable
 from rnnkern.backends.numba_cpu.optional_plans import EXTRAS, named_shares
 from rnnkern.backends.numba_cpu.plans import WEIGHTS, Address, Plan
-from rnnkern.backends.numba_cpu.ways import adds_rows, way_of
+from rnnkern.backends.numba_cpu.ways import adds_rows, total, way_of
 from rnnkern.backends.pages import in_huge_pages
 from rnnkern.cells import Weights, split_directions
 from rnnkern.shortcut import Form
@@ -299,7 +299,7 @@ class LayerPlan(_Ahead):
             if other is not None:
                 dx[0].add_(other)  # type: ignore[union-attr]
         if plan.parts > 1:
-            of_weights = [None if g is None else g.sum(0) for g in of_weights]
+            of_weights = [None if g is None else total(g, plan.zero) for g in of_weights]
         of_states = [g if want else None for g, want in zip((dh0, dc0), needs[1 : self.first_weight], strict=False)]
         return [dx[0], *of_states, *of_weights, *of_extras]
 

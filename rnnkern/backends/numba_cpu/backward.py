@@ -17,6 +17,7 @@ weights; Python adds those of the shares in their order, so that results do not 
 from rnnkern.backends.numba_cpu.blocks import pack_depth
 from rnnkern.backends.numba_cpu.jit import inlined, woven
 from rnnkern.backends.numba_cpu.sweep import (
+    clear_ended,
     copy_in,
     copy_out,
     outer_row,
@@ -129,6 +130,7 @@ def input_gradients(a, chunk, chunk_end, first, last, rows, space, gates, zero):
         for b in range(rows_in(sizes, t, first, last)):
             copy_out(outer_row(sizes, a.dx, dx_step, first + b), space + a.xs + n * x_row, sizes.inputs, zero)
             n += 1
+        clear_ended(sizes, a.dx, t, first, last, sizes.inputs, zero)
 
 
 @woven
@@ -239,7 +241,7 @@ def backward_sweep(a, first, last, share, gates, cell, zero):
             if n > 0:
                 weight_gradients(a, n, share, fresh, space, gates, zero)
                 fresh = False
-                if a.dx.base != 0:
-                    input_gradients(a, chunk, chunk_end, block, end, n, space, gates, zero)
+            if a.dx.base != 0:
+                input_gradients(a, chunk, chunk_end, block, end, n, space, gates, zero)
             chunk_end = chunk
         end_gradients(a, block, end, space, zero)

@@ -13,6 +13,7 @@ A weight is read in panels (tile.py), or in place (blocks.py) where packing it w
 from rnnkern.backends.numba_cpu.blocks import dot_units, pack_units
 from rnnkern.backends.numba_cpu.jit import inlined, woven
 from rnnkern.backends.numba_cpu.sweep import (
+    clear_ended,
     copy_in,
     copy_out,
     gather,
@@ -230,6 +231,7 @@ def forward_sweep(a, first, last, share, gates, separate, cell, zero):
                 forward_step(a, t, rows, block, gx, h_old, h_new, space, gates, separate, cell, zero)
                 if a.w_hr.base != 0:
                     project(a, t, rows, block, h_new, space, zero)
+                clear_ended(sizes, a.y, t, block, end, sizes.outputs, zero)
                 staying = rows_in(sizes, step_order(sizes, s + 1), block, end) if s + 1 < sizes.steps else 0
                 end_states(a, block, staying, rows, h_new, space, zero)
                 n += rows

@@ -11,7 +11,14 @@ from rnnkern.backends.numba_cpu.backward import backward_sweep, pack_backward
 from rnnkern.backends.numba_cpu.forward import forward_sweep, pack_forward
 from rnnkern.backends.numba_cpu.jit import kernel
 from rnnkern.backends.numba_cpu.operands import Backward, Forward, read_operands
-from rnnkern.backends.numba_cpu.vector import flush_denormals, restore_mode
+from rnnkern.backends.numba_cpu.vector import (
+    flush_denormals,
+    item_bytes,
+    load_part,
+    restore_mode,
+    store_part,
+    vector_lanes,
+)
 
 
 @kernel
@@ -22,6 +29,18 @@ def pack_for_forward(address, gates, zero):
 @kernel
 def pack_for_backward(address, gates, zero):
     pack_backward(read_operands(address, Backward), gates, zero)
+
+
+@kernel
+def add_shares(of_shares, into, numbers, shares, zero):
+    """into (numbers) = the sum of of_shares (shares, numbers), in their order."""
+    lanes, item = vector_lanes(zero), item_bytes(zero)
+    for u in range(0, numbers, lanes):
+        at = of_shares + u * item
+        total = load_part(at, zero, numbers - u)
+        for share in range(1, shares):
+            total = total + load_part(at + share * numbers * item, zero, numbers - u)
+        store_part(into + u * item, total, zero, numbers - u)
 
 
 @kernel

@@ -32,6 +32,7 @@ from rnnkern.backends.numba_cpu.recurrence import (
 )
 from rnnkern.backends.numba_cpu.sweep import (
     behind,
+    clear_ended,
     copy_in,
     copy_out,
     given_row,
@@ -325,6 +326,7 @@ def give_inputs(address, chunk, chunk_end, first, last, space, zero):
                 times_mask(dx, dx, state_row(sizes, mask, b), sizes.inputs, zero)
             copy_out(outer_row(sizes, a.dx, dx_step, b), dx, sizes.inputs, zero)
             n += 1
+        clear_ended(sizes, a.dx, t, first, last, sizes.inputs, zero)
 
 
 @shared
@@ -380,8 +382,8 @@ def optional_backward_sweep(
             if n > 0:
                 optional_weight_gradients(address, n, share, fresh, space, gates, resets_before, zero)
                 fresh = False
-                if a.dx.base != 0:
-                    optional_input_gradients(address, chunk, chunk_end, block, end, n, space, gates, zero)
+            if a.dx.base != 0:
+                optional_input_gradients(address, chunk, chunk_end, block, end, n, space, gates, zero)
             chunk_end = chunk
         end_gradients(a, block, end, space, zero)
     if a.beside.ln_ih_weight != 0:

@@ -23,6 +23,7 @@ from rnnkern.backends.numba_cpu.recurrence import (
 )
 from rnnkern.backends.numba_cpu.sweep import (
     behind,
+    clear_ended,
     copy_in,
     gather,
     given_row,
@@ -183,6 +184,9 @@ def optional_forward_sweep(address, first, last, share, activations, gates, sepa
                 if a.w_hr.base != 0:
                     project(a, t, rows, block, h_new, space, zero)
                 leave_step(address, t, rows, block, h_old, h_new, zero)
+                clear_ended(sizes, a.y, t, block, end, sizes.outputs, zero)
+                if a.beside.outer_cells != 0:
+                    clear_ended(sizes, a.cells, t, block, end, sizes.hidden, zero)
                 staying = rows_in(sizes, step_order(sizes, s + 1), block, end) if s + 1 < sizes.steps else 0
                 end_states(a, block, staying, rows, h_new, space, zero)
                 n += rows

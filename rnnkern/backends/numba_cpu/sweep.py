@@ -126,6 +126,17 @@ def gather(sizes, rows, t, first, count, units, target, zero):
         copy_in(target + b * row, outer_row(sizes, rows, step, first + b), units, zero)
 
 
+@inlined
+def clear_ended(sizes, rows, t, first, last, units, zero):
+    """Zeros in the rows of those sequences of [first, last) that have ended before step t; packed rows have none."""
+    if sizes.order != 0 and rows.base != 0:
+        lanes, item, step = vector_lanes(zero), item_bytes(zero), outer_step(sizes, rows, t)
+        for b in range(first + rows_in(sizes, t, first, last), last):
+            row = outer_row(sizes, rows, step, b)
+            for u in range(0, units, lanes):
+                store_part(row + u * item, broadcast(zero), zero, units - u)
+
+
 @woven
 def product(rows, a, a_row, weight, depth, units, c, c_row, zero):
     """c (rows, units) += a (rows, depth) @ weight (depth, units), packed by its depth, or in place where its units are

@@ -2,8 +2,11 @@
 
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from rnnkern.backends import Layer
-from rnnkern.backends.numba_cpu.kernels import KERNELS, Kernels, pack_for_backward, pack_for_forward
+from rnnkern.backends.numba_cpu.jit import ready
+from rnnkern.backends.numba_cpu.kernels import KERNELS, Kernels, add_shares, pack_for_backward, pack_for_forward
 from rnnkern.backends.numba_cpu.optional_kernels import (
     OPTIONAL_KERNELS,
     pack_for_optional_backward,
@@ -36,6 +39,15 @@ _OPTIONAL = Way(
 def way_of(layer: Layer) -> Way:
     """The way of a call."""
     return _PLAIN if layer.plain else _OPTIONAL
+
+
+def total(of_shares: Tensor, zero: Any) -> Tensor:
+    """(shares, ...) -> the sum over shares, in their order. Not by torch, which would wake threads of its own for it
+    that spin afterwards, where the next sweep's want to run."""
+    found = of_shares.new_empty(of_shares.shape[1:])
+    addresses = of_shares.data_ptr(), found.data_ptr()
+    ready(add_shares, 4, zero)(*addresses, found.numel(), of_shares.shape[0], zero)
+    return found
 
 
 def adds_rows(name: str, weights: Weights) -> bool:
