@@ -88,6 +88,8 @@ def _masks(given: "Operands", directions: int, hidden: int) -> None:
 
 
 def _same_kind(name: str, tensor: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> None:
+    if tensor.layout != torch.strided:
+        raise RuntimeError(f"{name}: expected a dense tensor, got layout {tensor.layout}; use .to_dense()")
     if tensor.dtype != (dtype or x.dtype):
         raise RuntimeError(
             f"{name}: expected dtype {dtype or x.dtype}{', that of the input' if dtype is None else ''}, "
@@ -166,7 +168,9 @@ def input_rank(input: Tensor, ranks: tuple[int, int], who: str) -> None:
 
 
 def input_kind(input: Tensor, weight: Tensor, who: str) -> None:
-    """The features, dtype and device of an input (..., I) against weight_ih (G*H, I)."""
+    """The layout, features, dtype and device of an input (..., I) against weight_ih (G*H, I)."""
+    if input.layout != torch.strided:
+        raise RuntimeError(f"{who}: input: expected a dense tensor, got layout {input.layout}; use input.to_dense()")
     if input.dtype != weight.dtype:
         raise ValueError(
             f"{who}: input: expected dtype {weight.dtype}, that of the weights, got {input.dtype}; "
@@ -220,6 +224,8 @@ def weight_lists(
 def _states_apart(given: Sequence[Tensor] | Tensor, who: str) -> None:
     if isinstance(given, Tensor):
         raise RuntimeError(f"{who}: hx: expected a pair (h0, c0), got one tensor of shape {_shape(given)}")
+    if not isinstance(given, tuple | list):
+        raise TypeError(f"{who}: hx: expected a pair of tensors (h0, c0), got {type(given).__name__}")
 
 
 def states_rank(given: Sequence[Tensor], rank: int, who: str) -> None:

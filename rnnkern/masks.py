@@ -29,12 +29,16 @@ class Masks(NamedTuple):
     zoneout_c: Tensor | None = None  # (*rows, D*H) bool
 
 
-def _words(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Numbers of 16 bits, all of them equally likely."""
+def _words(shape: tuple[int, ...], device: torch.device, drawn: bool) -> Tensor:
+    """Numbers of 16 bits, all of them equally likely; or any, of the same look, for a call that is only laid out."""
     count = prod(shape)
     whole = shape[-1] % 4 == 0  # no draw reaches from one row into the next: two views less
     draws = (*shape[:-1], shape[-1] // 4) if whole else ((count + 3) // 4,)
-    words = torch.randint(-(2**63), 2**63 - 1, draws, dtype=torch.int64, device=device).view(torch.int16)
+    if drawn:
+        words = torch.randint(-(2**63), 2**63 - 1, draws, dtype=torch.int64, device=device)
+    else:
+        words = torch.empty(draws, dtype=torch.int64, device=device)
+    words = words.view(torch.int16)
     return words if whole else words[:count].view(shape)
 
 
@@ -43,37 +47,40 @@ def _last(p: float) -> int:
     return round(p * LEVELS) - LEVELS // 2 - 1
 
 
-def chance(p: float, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+def chance(p: float, shape: tuple[int, ...], device: torch.device, drawn: bool = True) -> Tensor | None:
     """Bools that are true with probability p; None where that is 0."""
-    return None if round(p * LEVELS) == 0 else _words(shape, device) <= _last(p)
+    return None if round(p * LEVELS) == 0 else _words(shape, device, drawn) <= _last(p)
 
 
-def factors(p: float, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+def factors(p: float, shape: tuple[int, ...], like: Tensor, drawn: bool = True) -> Tensor | None:
     """0 with probability p, else 1/(1-p), in the dtype of `like`; None where p is 0."""
     if round(p * LEVELS) == 0:
         return None
-    kept = _words(shape, like.device) > _last(p)
+    kept = _words(shape, like.device, drawn) > _last(p)
     return kept.to(like.dtype).mul_(0.0 if p == 1 else 1 / (1 - p))
 
 
-def drop_between(p: float, x: Tensor, batch_first: bool) -> Tensor:
+def drop_between(p: float, x: Tensor, batch_first: bool, drawn: bool = True) -> Tensor:
     """Dropout of what one layer gives the next, (T, B, n) or packed (N, n), drawn in this order whatever the layout in
     memory: the same mask as torch.nn's for a seed."""
     if batch_first:
-        return x * drop(torch.ones_like(x, memory_format=torch.contiguous_format), p, training=True)
-    return drop(x, p, training=True)
+        return x * drop(torch.ones_like(x, memory_format=torch.contiguous_format), p, training=drawn)
+    return drop(x, p, training=drawn)
 
 
-def draw(cell: CellSpec, options: Options, x: Tensor, batch: int, weights: Sequence[Weights]) -> Masks:
-    """The masks of a layer in training; x (T, B, I) or packed rows (N, I)."""
+def draw(
+    cell: CellSpec, options: Options, x: Tensor, batch: int, weights: Sequence[Weights], drawn: bool = True
+) -> Masks:
+    """The masks of a layer in training; x (T, B, I) or packed rows (N, I). Not `drawn`, they only look like masks, and
+    no generator is touched."""
     directions, rows, (gates, outputs) = len(weights), x.shape[:-1], weights[0].weight_hh.shape
     zone_h, zone_c = options.zones(cell)
     return Masks(
-        factors(options.input_dropout, (directions, batch, x.shape[-1]), x),
-        factors(options.recurrent_dropout, (directions, batch, outputs), x),
-        tuple(factors(options.weight_dropout, w.weight_hh.shape, w.weight_hh) for w in weights),
-        chance(zone_h, (*rows, directions * outputs), x.device),
-        chance(zone_c, (*rows, directions * (gates // len(cell.gates))), x.device),
+        factors(options.input_dropout, (directions, batch, x.shape[-1]), x, drawn),
+        factors(options.recurrent_dropout, (directions, batch, outputs), x, drawn),
+        tuple(factors(options.weight_dropout, w.weight_hh.shape, w.weight_hh, drawn) for w in weights),
+        chance(zone_h, (*rows, directions * outputs), x.device, drawn),
+        chance(zone_c, (*rows, directions * (gates // len(cell.gates))), x.device, drawn),
     )
 
 

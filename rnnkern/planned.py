@@ -47,10 +47,10 @@ class LayeredCall:
         """From tensors that look like those of the calls to come; None if the backend has no plan for a layer."""
         backend, one, call = select(form.backend, x.device), form._replace(layers=1), cls(form, graded)
         flow = x
-        with torch.no_grad(), torch.random.fork_rng(devices=()):  # masks to look at: the next call draws the same ones
+        with torch.no_grad():
             reset, reset_to = call._resets(x, resets)
             for k in range(form.layers):
-                given = call._given(k, call._between(k, flow, x), x, states, weights, reset, reset_to)
+                given = call._given(k, call._between(k, flow, x, False), x, states, weights, reset, reset_to, False)
                 plan = backend.layer_plan(one, given, graded)
                 if plan is None:
                     return None
@@ -92,12 +92,12 @@ class LayeredCall:
         reset = views.reset_rows(resets[0], batch_first, unbatched)
         return reset, views.reset_states(tuple(resets[1:]), batch, unbatched) if len(resets) > 1 else None
 
-    def _between(self, k: int, flow: Tensor, x: Tensor) -> Tensor:
+    def _between(self, k: int, flow: Tensor, x: Tensor, drawn: bool = True) -> Tensor:
         """What layer k gets of what the one before gave."""
         form = self.form
         if k == 0 or not form.dropout:
             return flow
-        return form.rows_back(masks.drop_between(form.dropout, form.rows(flow, x), form.batch_first), x)
+        return form.rows_back(masks.drop_between(form.dropout, form.rows(flow, x), form.batch_first, drawn), x)
 
     def _given(
         self,
@@ -108,26 +108,27 @@ class LayeredCall:
         weights: Sequence[Tensor],
         reset: Tensor | None,
         reset_to: States | None,
+        drawn: bool = True,
     ) -> Given:
-        """The tensors of layer k, masks drawn."""
+        """The tensors of layer k with its masks, `drawn` or only such as they look like."""
         form, options, directions = self.form, self.form.options, self.form.directions
         count = len(weights) // form.layers
         own = weights[k * count : (k + 1) * count]
         initial = states if form.layers == 1 else [s[k * directions : (k + 1) * directions] for s in states]
         if self.plain:
             return Given(flow, initial, own)
-        drawn = masks.Masks()
+        found = masks.Masks()
         if form.training and options is not PLAIN:
             named = split_directions(form.spec, own, directions, options.peephole, options.layer_norm)
             rows = form.rows(flow, x)
-            drawn = masks.draw(form.spec, options, rows, rows.shape[1], named)
-            own = [t for w in masks.drop_weights(named, drawn) for t in w.present()]
+            found = masks.draw(form.spec, options, rows, rows.shape[1], named, drawn)
+            own = [t for w in masks.drop_weights(named, found) for t in w.present()]
         zones = (0.0, 0.0) if form.training else options.zones(form.spec)
         of_resets = views.reset_states_of(reset_to, k)
         every = form.return_states and form.spec.has_c
-        zone_masks = drawn.zoneout_h, drawn.zoneout_c
+        zone_masks = found.zoneout_h, found.zoneout_c
         extras = Extras(
-            drawn.input, drawn.recurrent, *zone_masks, reset, *of_resets, *zones, options.recompute, states=every
+            found.input, found.recurrent, *zone_masks, reset, *of_resets, *zones, options.recompute, states=every
         )
         return Given(flow, initial, own, extras)
 
@@ -158,8 +159,9 @@ class PlannedLayer(torch.autograd.Function):
         plan, kept, needs = ctx.plan, ctx.saved_tensors, ctx.needs_input_grad[1:]
         tensors, saved = kept[: ctx.count], kept[ctx.count :]
         refuse_batched(grads)
+        watched = torch.is_grad_enabled() or not compat.in_plain_eager()
         changed = ctx.form != looks(kept)  # by hooks on saved tensors
-        if changed or torch.is_grad_enabled() or not compat.PLAIN_OR_NONE.issuperset(map(type, (*kept, *grads))):
+        if watched or changed or not compat.PLAIN_OR_NONE.issuperset(map(type, (*kept, *grads))):
             return (None, *_again(plan, plan.split(tensors), saved, grads, needs))
         return (None, *plan.backward(tensors, saved, grads, needs))
 

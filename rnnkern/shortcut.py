@@ -8,7 +8,7 @@ in undisturbed eager mode (tracers, subclasses, autocast, torch.func ...) goes t
 """
 
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -96,8 +96,8 @@ class Plan(Protocol):
         `resets` are `reset` and the states of `reset_to`."""
 
 
-# What has come by so far. By description: None for once, or where there is no plan.
-_plans: dict[Hashable, Plan | None] = {}
+# What has come by so far. By description: None for once, False where there is no plan to be had.
+_plans: dict[Hashable, Plan | Literal[False] | None] = {}
 MOST_KNOWN = 1024
 
 
@@ -114,7 +114,8 @@ def describe(
     # when there is a plan that there was not at the first.
     if graded and compat.hooks_saved_tensors():
         return None
-    description: list[Hashable] = [form, states is None, graded, torch.get_num_threads()]
+    given = -1 if states is None else len(states)
+    description: list[Hashable] = [form, given, graded, torch.get_num_threads()]
     try:
         for t in tensors:
             if type(t) not in plain or not t.is_cpu:
@@ -127,7 +128,7 @@ def describe(
 
 def find(description: Hashable) -> Plan | None:
     """The plan of calls of this description, once there is one."""
-    return None if description is None else _plans.get(description)
+    return None if description is None else _plans.get(description) or None
 
 
 def learn(
@@ -144,9 +145,9 @@ def learn(
         return
     if len(_plans) >= MOST_KNOWN:
         _plans.clear()
-    if description in _plans:
+    if _plans.get(description, False) is None:
         from rnnkern.planned import make_plan  # here, since it needs what this module gives
 
-        _plans[description] = make_plan(Form(*form), x, states or (), weights, resets)
+        _plans[description] = make_plan(Form(*form), x, states or (), weights, resets) or False
     else:
-        _plans[description] = None
+        _plans.setdefault(description, None)

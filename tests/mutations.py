@@ -181,8 +181,8 @@ PYTHON = [
             "by a plan: dx of the reverse direction dropped": ("dx[0].add_(other)", "pass"),
             "by a plan: gradients of shares not added": ("total(g, plan.zero)", "g[0]"),
             "by a plan: another layout of the gradient": (
-                "key = (tuple(needs), *[None if g is None else g.stride() for g in given])",
-                "key = (tuple(needs), *[g is None for g in given])",
+                "tuple(needs), *[None if g is None else g.stride() for g in given])",
+                "tuple(needs), *[g is None for g in given])",
             ),
         },
     ),

@@ -65,10 +65,10 @@ OF_OPTIONS = [
         "masks.py",
         {
             "options: a mask unscaled": (".mul_(0.0 if p == 1 else 1 / (1 - p))", ""),
-            "options: kept and dropped exchanged": ("like.device) > _last", "like.device) <= _last"),
+            "options: kept and dropped exchanged": ("drawn) > _last", "drawn) <= _last"),
             "options: one mask for both directions": (
-                "factors(options.input_dropout, (directions, batch, x.shape[-1]), x)",
-                "factors(options.input_dropout, (1, batch, x.shape[-1]), x).expand(directions, -1, -1)",
+                "factors(options.input_dropout, (directions, batch, x.shape[-1]), x, drawn)",
+                "factors(options.input_dropout, (1, batch, x.shape[-1]), x, drawn).expand(directions, -1, -1)",
             ),
         },
     ),
@@ -77,8 +77,8 @@ OF_OPTIONS = [
         "masks.py",
         {
             "options: a threshold that is no number of 16 bits": (
-                "_words(shape, device) <= _last(p)",
-                "_words(shape, device) < _last(p) + 1",
+                "_words(shape, device, drawn) <= _last(p)",
+                "_words(shape, device, drawn) < _last(p) + 1",
             ),
         },
     ),
@@ -148,11 +148,11 @@ OF_OPTIONS = [
                 "zones = (0.0, 0.0)",
             ),
             "options: a plan that draws when it is made": (
-                "torch.no_grad(), torch.random.fork_rng(devices=()):",
-                "torch.no_grad():",
+                "rows, rows.shape[1], named, drawn)",
+                "rows, rows.shape[1], named)",
             ),
             "options: a plan without dropout between layers": ("if k == 0 or not form.dropout", "if True"),
-            "options: a plan without weight dropout": ("masks.drop_weights(named, drawn)", "named"),
+            "options: a plan without weight dropout": ("masks.drop_weights(named, found)", "named"),
         },
     ),
     *seen_by(

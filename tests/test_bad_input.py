@@ -50,6 +50,8 @@ BAD_CALLS: dict[str, tuple[Callable[[str], tuple[Any, Any]], str]] = {
     "integers": (lambda _: (torch.zeros(T, B, I, dtype=torch.int64), None), "input"),
     "half": (lambda _: (torch.zeros(T, B, I, dtype=torch.float16), None), "input"),
     "device": (lambda _: (torch.zeros(T, B, I, device="meta"), None), "input"),
+    "sparse": (lambda _: (torch.ones(T, B, I).to_sparse(), None), "input"),
+    "hx a number": (lambda _: (torch.zeros(T, B, I), 3), "h"),
     "no step": (lambda _: (torch.zeros(0, B, I), None), "input"),
     "no step, unbatched": (lambda _: (torch.zeros(0, I), None), "input"),
     "no features": (lambda _: (torch.zeros(T, B, 0), None), "input"),

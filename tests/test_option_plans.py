@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import rnnkern
-from rnnkern import functional, shortcut
+from rnnkern import functional, planned, shortcut
+from rnnkern.backends.numba_cpu.ahead import MOST_BACKWARDS
 from rnnkern.cells import CELL_OF_MODE
 from tests.numba_support import bitwise_equal, forget_plans
 from tests.option_modules import ARGUMENTS, I, assert_same, flat, goes_with, option_cases, random
@@ -97,7 +98,7 @@ def check(call: Call, leaves: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> 
         for found, expected in zip(in_turn(of_call, 4), ordinary(of_call, 4, monkeypatch), strict=True):
             assert bitwise_equal(found, expected)
             assert [t.stride() for t in found] == [t.stride() for t in expected]
-        assert sum(plan is not None for plan in shortcut._plans.values()) == 1
+        assert sum(map(bool, shortcut._plans.values())) == 1
 
 
 @every_case
@@ -243,7 +244,7 @@ def test_forms_have_plans_of_their_own() -> None:
         again = [functional.gru(x, None, weights, **call)[0] for call in calls]
     for call, a, b in zip(calls, first, again, strict=True):
         assert torch.equal(a, b) != (call["training"] and "zoneout" in call)
-    assert sum(plan is not None for plan in shortcut._plans.values()) == 9  # plain calls are one, in training or not
+    assert sum(map(bool, shortcut._plans.values())) == 9  # plain calls are one, in training or not
 
 
 @pytest.mark.parametrize(
@@ -265,3 +266,90 @@ def test_bad_resets_are_refused_also_where_there_is_a_plan(change: Any, error: A
     with pytest.raises(error, match=words):
         module(x, **change(call))
     assert_same(module(x, reset=call["reset"], reset_to=list(call["reset_to"])), module(x, **call))
+
+
+def test_laying_out_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The generator is everybody's: another thread may draw from it meanwhile."""
+    module, x = make("LSTM", num_layers=2, dropout=0.4, **EVERYTHING["LSTM"]), random(T, B, I)
+    learn, before = shortcut.learn, []
+
+    def watched(*args: Any) -> None:
+        before.append(torch.get_rng_state())
+        learn(*args)
+        assert torch.equal(before[-1], torch.get_rng_state())
+
+    monkeypatch.setattr(shortcut, "learn", watched)
+    for _ in range(4):
+        module(x)
+    assert len(before) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_where_there_is_no_plan_none_is_tried_again(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    make_plan = planned.make_plan
+
+    def watched(*args: Any) -> Any:
+        made.append(make_plan(*args))
+        return made[-1]
+
+    monkeypatch.setattr(planned, "make_plan", watched)
+    module, x = make("GRU", recurrent_dropout=0.3).to(dtype), random(T, B, I).to(dtype)
+    for _ in range(6):
+        module(x)
+    assert len(made) == 1
+    assert (made[0] is None) == (dtype == torch.bfloat16)
+
+
+@every_kind
+@pytest.mark.parametrize("options", [False, True])
+def test_batched_backward(kind: str, options: bool) -> None:
+    module, x = make(kind, **(EVERYTHING[kind] if options else {})), random(T, B, I).requires_grad_()
+    for _ in range(4):
+        y = module(x)[0]
+        cotangents = random(3, *y.shape)
+
+        def gradient(cotangent: Tensor, y: Tensor = y) -> Tensor:
+            (found,) = torch.autograd.grad(y, x, cotangent, retain_graph=True)
+            return found
+
+        assert_same(torch.func.vmap(gradient)(cotangents), torch.stack([gradient(c) for c in cotangents]))
+
+
+def test_gradients_of_many_layouts_are_laid_out_anew() -> None:
+    module, x = make("GRU", recurrent_dropout=0.3), random(B, T, I).transpose(0, 1)
+    for rest in range(40):
+        y = module(x)[0]
+        torch.cat([y, random(T, rest, H)], 1).square().sum().backward()
+    (plan,) = filter(None, shortcut._plans.values())
+    assert 0 < len(plan.plans[0].backwards) <= MOST_BACKWARDS  # type: ignore[attr-defined]
+
+
+def test_a_change_of_threads_between_forward_and_backward(
+    threads: Callable[[int], None], always_split: list[int]
+) -> None:
+    """The gradients of as many threads as there are, to the bit."""
+    module, x = make("LSTM", zoneout=0.3), random(T, 9, I).requires_grad_()
+
+    def gradients(forward: int, backward: int) -> list[Tensor]:
+        torch.manual_seed(7)
+        threads(forward)
+        y = module(x)[0]
+        threads(backward)
+        return list(torch.autograd.grad(y.square().sum(), [x, *module.parameters()]))
+
+    for _ in range(3):
+        alone = gradients(1, 1)
+    shared = gradients(1, 2)
+    assert bitwise_equal(gradients(1, 1), alone)
+    assert bitwise_equal(gradients(1, 2), shared)
+    assert always_split
+
+
+def test_a_state_is_not_taken_for_a_weight() -> None:
+    x, weights = random(T, 4), [random(16, 4), random(16, 4)]
+    h0, c0 = random(1, 4), random(1, 4)
+    for _ in range(3):
+        functional.lstm(x, (h0, c0), [weights])
+    with pytest.raises((RuntimeError, ValueError)):
+        functional.lstm(x, (h0,), [[c0, *weights]])  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ def _fresh() -> Iterator[None]:
 
 def plans() -> int:
     """How many descriptions have a plan by now."""
-    return sum(plan is not None for plan in shortcut._plans.values())
+    return sum(map(bool, shortcut._plans.values()))
 
 
 def settled(call: Callable[[], Any]) -> Any:

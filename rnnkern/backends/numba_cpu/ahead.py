@@ -18,6 +18,8 @@ from rnnkern.shortcut import Form
 
 # A workspace up to this size is kept from one call to the next: to allocate it would take as long as to use it.
 MOST_KEPT_BYTES = 65536
+# A gradient that is a view has the strides of the whole: there may be any number of these.
+MOST_BACKWARDS = 16
 
 Numbers = dict[str, tuple[int, int]]  # of a tensor: which one of a call it is, and from which byte on
 
@@ -45,13 +47,18 @@ def in_turn(names: Sequence[str], first: int = 0) -> Numbers:
     return {name: (first + i, 0) for i, name in enumerate(names)}
 
 
+# Those not in use, by how many numbers of which dtype they hold: there are never more than calls ran at once.
+_free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+
+
 class Workspaces:
-    """Workspaces of a plan: small ones are kept, each taken and given back by one operation, so that threads never
-    share one."""
+    """Workspaces of a plan: small ones are kept for all plans of about the size, each taken and given back by one
+    operation, so that threads never share one."""
 
     def __init__(self, x: Tensor, space: int) -> None:
-        self.numbers, self.keeps = space // x.element_size(), space <= MOST_KEPT_BYTES
-        self.free: list[Tensor] = []
+        self.keeps = space <= MOST_KEPT_BYTES
+        self.numbers = (1 << (space - 1).bit_length() if self.keeps else space) // x.element_size()
+        self.free = _free.setdefault((self.numbers, x.dtype), []) if self.keeps else []
 
     def take(self, x: Tensor) -> Tensor:
         try:
@@ -264,10 +271,13 @@ class LayerPlan(_Ahead):
         """The gradients of `tensors` that are needed."""
         x, others, directions = tensors[0], tensors[self.first_weight :], self.form.directions
         given = [None if g is None else readable(g) for g in self.of_results(grads)]
-        key = (tuple(needs), *[None if g is None else g.stride() for g in given])
-        if key not in self.backwards:
-            self.backwards[key] = self._backward_plan(x, given, needs)
-        plan, spaces = self.backwards[key]
+        key = (torch.get_num_threads(), tuple(needs), *[None if g is None else g.stride() for g in given])
+        found = self.backwards.get(key)
+        if found is None:
+            if len(self.backwards) >= MOST_BACKWARDS:
+                self.backwards.clear()
+            found = self.backwards[key] = self._backward_plan(x, given, needs)
+        plan, spaces = found
         h0, c0 = self._initial(tensors)
         dh0, dc0 = (x.new_empty(self.h_shape), x.new_empty(self.c_shape) if self.has_c else None)
         dx = [x.new_empty(x.shape) for _ in range(directions)] if needs[0] else [None] * directions
