@@ -34,7 +34,7 @@ both_tiles = pytest.mark.parametrize("tile", ["small", "large"])
 @pytest.fixture(autouse=True)
 def same_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle's dropout masks on every device."""
-    monkeypatch.setattr("rnnkern.stack.drop", drop_as_on_the_cpu)
+    monkeypatch.setattr("rnnkern.masks.drop", drop_as_on_the_cpu)
 
 
 @cache
