@@ -1,8 +1,10 @@
 """The masks of dropout and zoneout, drawn outside the kernels by torch's generator on the device of the input.
 
 A call draws layer by layer, in each layer in this order: dropout of what the layer before gave (as torch.nn draws it),
-then the fields of `Masks`; nothing where a probability is 0. An element is 16 random bits, four of them from one draw,
-which takes a sixth of bernoulli_'s time; so probabilities are rounded to multiples of 2**-16.
+then the fields of `Masks`; nothing where a probability is 0. Factors of a sequence are few, and torch's dropout of ones
+is the quickest way to them. What there is for each weight, or each step, is many: there an element is 16 random bits,
+four of them from one draw, which takes a sixth of dropout's time; so those probabilities are rounded to multiples of
+2**-16.
 """
 
 from collections.abc import Sequence
@@ -53,10 +55,15 @@ def chance(p: float, shape: tuple[int, ...], device: torch.device, drawn: bool =
 
 
 def factors(p: float, shape: tuple[int, ...], like: Tensor, drawn: bool = True) -> Tensor | None:
-    """0 with probability p, else 1/(1-p), in the dtype of `like`; None where p is 0."""
+    """0 with probability p, else 1/(1-p), in the dtype of `like`; None for p = 0."""
+    return None if p == 0 else drop(like.new_ones(shape), p, training=drawn)
+
+
+def weight_factors(p: float, like: Tensor, drawn: bool = True) -> Tensor | None:
+    """The same for each number of `like`, by words; None where p is 0."""
     if round(p * LEVELS) == 0:
         return None
-    kept = _words(shape, like.device, drawn) > _last(p)
+    kept = _words(like.shape, like.device, drawn) > _last(p)
     return kept.to(like.dtype).mul_(0.0 if p == 1 else 1 / (1 - p))
 
 
@@ -78,7 +85,7 @@ def draw(
     return Masks(
         factors(options.input_dropout, (directions, batch, x.shape[-1]), x, drawn),
         factors(options.recurrent_dropout, (directions, batch, outputs), x, drawn),
-        tuple(factors(options.weight_dropout, w.weight_hh.shape, w.weight_hh, drawn) for w in weights),
+        tuple(weight_factors(options.weight_dropout, w.weight_hh, drawn) for w in weights),
         chance(zone_h, (*rows, directions * outputs), x.device, drawn),
         chance(zone_c, (*rows, directions * (gates // len(cell.gates))), x.device, drawn),
     )

@@ -156,7 +156,7 @@ def test_masks_of_sequences_of_different_length(kind: str, rows: str, backend: s
 @every_kind
 def test_masks_of_a_call(kind: str) -> None:
     module = make(kind, num_layers=2, bidirectional=True, input_dropout=0.25, recurrent_dropout=0.5, zoneout=0.75)
-    module.weight_dropout = 0.5
+    module.weight_dropout = 0.25
     size = 300
     with what_is_drawn() as drawn:
         module(random(4, size, I))
@@ -176,6 +176,8 @@ def test_masks_of_a_call(kind: str) -> None:
             deviation = float(mask.double().std()) / mask.numel() ** 0.5
             assert abs(float(mask.mean()) - mean) < 5 * deviation
         assert [w is not None and w.shape for w in of_layer.weights] == [module.weight_hh_l0.shape] * 2
+        assert set(torch.cat(of_layer.weights).unique().tolist()) == {0.0, 1 / 0.75}  # type: ignore[arg-type]
+        assert torch.cat(of_layer.weights).mean() > 0.7  # type: ignore[arg-type]
         pairs: list[Any] = [of_layer.input, of_layer.recurrent, of_layer.weights, of_layer.zoneout_h.chunk(2, -1)]
         assert not any(torch.equal(*pair) for pair in pairs)
         steps = of_layer.zoneout_h
