@@ -32,7 +32,6 @@ FORMS: list[dict[str, Any]] = [
     {"num_layers": 2, "dropout": 0.4},
     {"num_layers": 2, "dropout": 0.4, "batch_first": True, "bidirectional": True},
 ]
-every_case = pytest.mark.parametrize("name", CASES)
 every_kind = pytest.mark.parametrize("kind", EVERYTHING)
 
 Call = Callable[[], Any]
@@ -101,7 +100,10 @@ def check(call: Call, leaves: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> 
         assert sum(map(bool, shortcut._plans.values())) == 1
 
 
-@every_case
+@pytest.mark.parametrize(
+    "name",
+    [c if c.count("-") == 1 else pytest.param(c, marks=pytest.mark.slow) for c in CASES],  # pairs now and then
+)
 @pytest.mark.parametrize("form", FORMS, ids=["one", "two", "bidirectional"])
 @pytest.mark.parametrize("training", [True, False])
 def test_options(name: str, form: dict[str, Any], training: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,10 @@ EVERYTHING: dict[str, tuple[str, dict[str, Any]]] = {
     f"{kind}-everything": (kind, {"layer_norm": True, **DROPS, **more}) for kind, more in OF_KIND.items()
 }
 CASES = SINGLE | RESETS | EVERYTHING
-every_backend = pytest.mark.parametrize("backend", OPTION_BACKENDS)
+# the oracle is traced by the same operators as the others: at every run it need not be, for the time it takes
+every_backend = pytest.mark.parametrize(
+    "backend", [pytest.param(b, marks=pytest.mark.slow) if b == "reference" else b for b in OPTION_BACKENDS]
+)
 every_case = pytest.mark.parametrize("name", CASES)
 
 
