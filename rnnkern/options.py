@@ -29,6 +29,10 @@ class Options(NamedTuple):
             return self.zoneout
         return self.zoneout, self.zoneout if cell.has_c else 0.0
 
+    def shares(self, cell: CellSpec, training: bool) -> tuple[float, float]:
+        """The shares of the old values in h and c outside of training, where masks choose between old and new."""
+        return (0.0, 0.0) if training else self.zones(cell)
+
     def at_work(self, training: bool, graded: bool) -> "Options":
         """Those that do something in this call: dropout in training alone, recompute where there will be gradients.
         The very record `PLAIN` where nothing is left."""

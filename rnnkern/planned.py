@@ -123,12 +123,12 @@ class LayeredCall:
             rows = form.rows(flow, x)
             found = masks.draw(form.spec, options, rows, rows.shape[1], named, drawn)
             own = [t for w in masks.drop_weights(named, found) for t in w.present()]
-        zones = (0.0, 0.0) if form.training else options.zones(form.spec)
+        shares = options.shares(form.spec, form.training)
         of_resets = views.reset_states_of(reset_to, k)
         every = form.return_states and form.spec.has_c
         zone_masks = found.zoneout_h, found.zoneout_c
         extras = Extras(
-            found.input, found.recurrent, *zone_masks, reset, *of_resets, *zones, options.recompute, states=every
+            found.input, found.recurrent, *zone_masks, reset, *of_resets, *shares, options.recompute, states=every
         )
         return Given(flow, initial, own, extras)
 

@@ -67,7 +67,7 @@ class _Stack(NamedTuple):
     def settings(self) -> Settings:
         """What its layer calls are."""
         call, options = self.call, self.call.options
-        zone_h, zone_c = (0.0, 0.0) if call.training else options.zones(self.cell)
+        zone_h, zone_c = options.shares(self.cell, call.training)
         return Settings(
             self.cell.name,
             call.backend,

@@ -144,8 +144,8 @@ OF_OPTIONS = [
         "planned.py",
         {
             "options: a plan that forgets zoneout in evaluation": (
-                "zones = (0.0, 0.0) if form.training else options.zones(form.spec)",
-                "zones = (0.0, 0.0)",
+                "shares = options.shares(form.spec, form.training)",
+                "shares = (0.0, 0.0)",
             ),
             "options: a plan that draws when it is made": (
                 "rows, rows.shape[1], named, drawn)",
