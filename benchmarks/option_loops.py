@@ -133,7 +133,7 @@ class Loop(nn.Module):
         (T, B), reset_to (1, 1, H) or a pair of it."""
         w, drawn = self.weights(), masks.Masks()
         if self.training:
-            drawn = masks.draw(self.spec, self.options, x, x.shape[1], [w])
+            drawn = masks.draw(masks.wanted(self.spec, self.options, x, x.shape[1], [w]), x)
             (w,) = masks.drop_weights([w], drawn)
         x = x if drawn.input is None else x * drawn.input[0]
         factor = None if drawn.recurrent is None else drawn.recurrent[0]

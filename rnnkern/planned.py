@@ -10,7 +10,7 @@ from torch import Tensor
 from rnnkern import compat, masks, views
 from rnnkern.autograd import LayerGradient, refuse_batched
 from rnnkern.backends import Cotangents, Extras, Given, LayerPlan, select
-from rnnkern.cells import split_directions
+from rnnkern.cells import Weights, split_directions
 from rnnkern.layer import Operands, Settings
 from rnnkern.options import PLAIN
 from rnnkern.shortcut import Form, Plan
@@ -33,6 +33,7 @@ class LayeredCall:
     def __init__(self, form: Form, graded: bool) -> None:
         self.form, self.plain, self.graded = form, form.plain, graded
         self.plans: list[LayerPlan] = []
+        self.wanted: list[list[masks.Wanted]] = []  # of each layer
 
     @classmethod
     def make(
@@ -50,6 +51,7 @@ class LayeredCall:
         with torch.no_grad():
             reset, reset_to = call._resets(x, resets)
             for k in range(form.layers):
+                call.wanted.append(call._wanted(k, form.rows(flow, x), weights))
                 given = call._given(k, call._between(k, flow, x, False), x, states, weights, reset, reset_to, False)
                 plan = backend.layer_plan(one, given, graded)
                 if plan is None:
@@ -99,6 +101,23 @@ class LayeredCall:
             return flow
         return form.rows_back(masks.drop_between(form.dropout, form.rows(flow, x), form.batch_first, drawn), x)
 
+    def _wanted(self, k: int, rows: Tensor, weights: Sequence[Tensor]) -> list[masks.Wanted]:
+        """The masks of layer k."""
+        form = self.form
+        if not form.training or form.options is PLAIN:
+            return []
+        return masks.wanted(form.spec, form.options, rows, rows.shape[1], self._named(self._own(k, weights)))
+
+    def _own(self, k: int, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Those of layer k."""
+        count = len(tensors) // self.form.layers
+        return tensors if self.form.layers == 1 else tensors[k * count : (k + 1) * count]
+
+    def _named(self, weights: Sequence[Tensor]) -> Sequence[Weights]:
+        """Those of a layer by names, for each direction."""
+        form = self.form
+        return split_directions(form.spec, weights, form.directions, form.options.peephole, form.options.layer_norm)
+
     def _given(
         self,
         k: int,
@@ -112,17 +131,15 @@ class LayeredCall:
     ) -> Given:
         """The tensors of layer k with its masks, `drawn` or only such as they look like."""
         form, options, directions = self.form, self.form.options, self.form.directions
-        count = len(weights) // form.layers
-        own = weights[k * count : (k + 1) * count]
+        own = self._own(k, weights)
         initial = states if form.layers == 1 else [s[k * directions : (k + 1) * directions] for s in states]
         if self.plain:
             return Given(flow, initial, own)
         found = masks.Masks()
-        if form.training and options is not PLAIN:
-            named = split_directions(form.spec, own, directions, options.peephole, options.layer_norm)
-            rows = form.rows(flow, x)
-            found = masks.draw(form.spec, options, rows, rows.shape[1], named, drawn)
-            own = [t for w in masks.drop_weights(named, found) for t in w.present()]
+        if self.wanted[k]:
+            found = masks.draw(self.wanted[k], x, drawn)
+            if options.weight_dropout:
+                own = [t for w in masks.drop_weights(self._named(own), found) for t in w.present()]
         shares = options.shares(form.spec, form.training)
         of_resets = views.reset_states_of(reset_to, k)
         every = form.return_states and form.spec.has_c

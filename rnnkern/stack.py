@@ -105,7 +105,7 @@ def _operands(stack: _Stack, layer: int, x: Tensor, hx: States, batch_sizes: Ten
     weights = stack.weights[part]
     drawn = masks.Masks()
     if call.training and call.options != PLAIN:
-        drawn = masks.draw(cell, call.options, x, hx[0].shape[1], weights)
+        drawn = masks.draw(masks.wanted(cell, call.options, x, hx[0].shape[1], weights), x)
         weights = masks.drop_weights(weights, drawn)
     return Operands(
         call.lengths,

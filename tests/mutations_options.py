@@ -67,8 +67,8 @@ OF_OPTIONS = [
             "options: a mask unscaled": (".mul_(0.0 if p == 1 else 1 / (1 - p))", ""),
             "options: kept and dropped exchanged": ("drawn) > _last", "drawn) <= _last"),
             "options: one mask for both directions": (
-                "factors(options.input_dropout, (directions, batch, x.shape[-1]), x, drawn)",
-                "factors(options.input_dropout, (1, batch, x.shape[-1]), x, drawn).expand(directions, -1, -1)",
+                "Masks(found[0], ",
+                "Masks(None if found[0] is None else found[0][:1].expand_as(found[0]), ",
             ),
         },
     ),
@@ -77,8 +77,8 @@ OF_OPTIONS = [
         "masks.py",
         {
             "options: a threshold that is no number of 16 bits": (
-                "_words(shape, device, drawn) <= _last(p)",
-                "_words(shape, device, drawn) < _last(p) + 1",
+                "_words(shape, like, drawn) <= _last(p)",
+                "_words(shape, like, drawn) < _last(p) + 1",
             ),
         },
     ),
@@ -148,11 +148,14 @@ OF_OPTIONS = [
                 "shares = (0.0, 0.0)",
             ),
             "options: a plan that draws when it is made": (
-                "rows, rows.shape[1], named, drawn)",
-                "rows, rows.shape[1], named)",
+                "masks.draw(self.wanted[k], x, drawn)",
+                "masks.draw(self.wanted[k], x)",
             ),
             "options: a plan without dropout between layers": ("if k == 0 or not form.dropout", "if True"),
-            "options: a plan without weight dropout": ("masks.drop_weights(named, found)", "named"),
+            "options: a plan without weight dropout": (
+                "masks.drop_weights(self._named(own), found)",
+                "self._named(own)",
+            ),
         },
     ),
     *seen_by(
