@@ -2,6 +2,9 @@
 
 from benchmarks.host import extension
 from rnnkern.backends.cuda.sweeps import SweepBackend
+from rnnkern.masks import choose
+
+__all__ = ["as_given", "backward", "choose", "forward", "inference_plan", "layer_plan"]
 
 backend = SweepBackend(extension())
 as_given = backend.as_given

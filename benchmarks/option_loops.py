@@ -180,7 +180,7 @@ def renewal(reset: Tensor | None, reset_to: Any) -> Callable[[int, States], Stat
     )
 
 
-def all_named(finals: States, every: States) -> dict[str, Tensor]:
+def all_named(finals: States, every: States = ()) -> dict[str, Tensor]:
     """Final states (1, B, H) and those of all steps (T, 1, B, H) by name."""
     names = ("h", "c")
     found = {f"{name}_n": state for name, state in zip(names, finals, strict=False)}

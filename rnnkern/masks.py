@@ -1,10 +1,8 @@
 """The masks of dropout and zoneout, drawn outside the kernels by torch's generator on the device of the input.
 
 A call draws layer by layer, in each layer in this order: dropout of what the layer before gave (as torch.nn draws it),
-then the fields of `Masks`; nothing where a probability is 0. Factors of a sequence are few, and torch's dropout of ones
-is the quickest way to them. What there is for each weight, or each step, is many: there an element is 16 random bits,
-four of them from one draw, which takes a sixth of dropout's time; so those probabilities are rounded to multiples of
-2**-16.
+then the fields of `Masks`; nothing where a probability is 0. An element is 16 random bits, four of them from one draw,
+which takes a sixth of the time of torch's dropout; so these probabilities are rounded to multiples of 2**-16.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
 
-from rnnkern import compat
 from rnnkern.cells import CellSpec, Weights
 from rnnkern.options import Options
 
@@ -38,7 +35,7 @@ def _words(shape: tuple[int, ...], like: Tensor, drawn: bool) -> Tensor:
     whole = shape[-1] % 4 == 0  # no draw reaches from one row into the next: two views less
     draws = (*shape[:-1], shape[-1] // 4) if whole else ((count + 3) // 4,)
     if drawn:
-        words = torch.randint(-(2**63), 2**63 - 1, draws, dtype=torch.int64, device=like.device)
+        words = torch.randint(-(2**63), 2**63 - 1, draws, device=like.device)
     else:
         words = torch.empty(draws, dtype=torch.int64, device=like.device)
     words = words.view(torch.int16)
@@ -50,26 +47,25 @@ def _last(p: float) -> int:
     return round(p * LEVELS) - LEVELS // 2 - 1
 
 
-def chance(p: float, shape: tuple[int, ...], like: Tensor, drawn: bool) -> Tensor | None:
+def choose(words: Tensor, last: int, scale: float | None, like: Tensor) -> Tensor:
+    """Bools, true for words up to the `last`; with a scale 0 there and the scale elsewhere, in the dtype of `like`. In
+    the operations of torch, which all of its tools can follow; a backend may have a quicker way."""
+    return words <= last if scale is None else (words > last).to(like.dtype).mul_(scale)
+
+
+Choose = Callable[[Tensor, int, float | None, Tensor], Tensor]
+
+
+def chance(p: float, shape: tuple[int, ...], like: Tensor, drawn: bool, choose: Choose = choose) -> Tensor | None:
     """Bools that are true with probability p; None where that is 0."""
-    return None if round(p * LEVELS) == 0 else _words(shape, like, drawn) <= _last(p)
+    return None if round(p * LEVELS) == 0 else choose(_words(shape, like, drawn), _last(p), None, like)
 
 
-def factors(p: float, shape: tuple[int, ...], like: Tensor, drawn: bool) -> Tensor | None:
-    """0 with probability p, else 1/(1-p), in the dtype of `like`; None for p = 0."""
-    if p == 0:
-        return None
-    if drawn and p < 1 and compat.is_undisturbed():  # what dropout does to ones, in half the operations
-        return like.new_empty(shape).bernoulli_(1 - p).div_(1 - p)
-    return drop(like.new_ones(shape), p, training=drawn)
-
-
-def weight_factors(p: float, shape: tuple[int, ...], like: Tensor, drawn: bool) -> Tensor | None:
-    """The same, by words; None where p is 0."""
+def factors(p: float, shape: tuple[int, ...], like: Tensor, drawn: bool, choose: Choose = choose) -> Tensor | None:
+    """0 with probability p, else 1/(1-p), in the dtype of `like`; None where p is 0."""
     if round(p * LEVELS) == 0:
         return None
-    kept = _words(shape, like, drawn) > _last(p)
-    return kept.to(like.dtype).mul_(0.0 if p == 1 else 1 / (1 - p))
+    return choose(_words(shape, like, drawn), _last(p), 0.0 if p == 1 else 1 / (1 - p), like)
 
 
 def drop_between(p: float, x: Tensor, batch_first: bool, drawn: bool = True) -> Tensor:
@@ -83,7 +79,7 @@ def drop_between(p: float, x: Tensor, batch_first: bool, drawn: bool = True) -> 
 class Wanted(NamedTuple):
     """A mask before it is drawn."""
 
-    kind: Callable[[float, tuple[int, ...], Tensor, bool], Tensor | None]
+    kind: Callable[[float, tuple[int, ...], Tensor, bool, Choose], Tensor | None]
     p: float
     shape: tuple[int, ...]
 
@@ -95,15 +91,15 @@ def wanted(cell: CellSpec, options: Options, x: Tensor, batch: int, weights: Seq
     return [
         Wanted(factors, options.input_dropout, (directions, batch, x.shape[-1])),
         Wanted(factors, options.recurrent_dropout, (directions, batch, outputs)),
-        *(Wanted(weight_factors, options.weight_dropout, tuple(w.weight_hh.shape)) for w in weights),
+        *(Wanted(factors, options.weight_dropout, tuple(w.weight_hh.shape)) for w in weights),
         Wanted(chance, zone_h, (*rows, directions * outputs)),
         Wanted(chance, zone_c, (*rows, directions * (gates // len(cell.gates)))),
     ]
 
 
-def draw(wanted: Sequence[Wanted], like: Tensor, drawn: bool = True) -> Masks:
+def draw(wanted: Sequence[Wanted], like: Tensor, drawn: bool = True, choose: Choose = choose) -> Masks:
     """Masks on the device of `like`. Not `drawn`, they only look like masks, and no generator is touched."""
-    found = [None if p == 0 else kind(p, shape, like, drawn) for kind, p, shape in wanted]
+    found = [None if p == 0 else kind(p, shape, like, drawn, choose) for kind, p, shape in wanted]
     return Masks(found[0], found[1], tuple(found[2:-2]), found[-2], found[-1])
 
 

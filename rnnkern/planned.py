@@ -30,10 +30,11 @@ def make_plan(
 class LayeredCall:
     """A call layer by layer, with options or gradients or both."""
 
-    def __init__(self, form: Form, graded: bool) -> None:
+    def __init__(self, form: Form, graded: bool, choose: masks.Choose) -> None:
         self.form, self.plain, self.graded = form, form.plain, graded
         self.plans: list[LayerPlan] = []
         self.wanted: list[list[masks.Wanted]] = []  # of each layer
+        self.choose = choose
 
     @classmethod
     def make(
@@ -46,7 +47,8 @@ class LayeredCall:
         resets: Sequence[Tensor],
     ) -> "LayeredCall | None":
         """From tensors that look like those of the calls to come; None if the backend has no plan for a layer."""
-        backend, one, call = select(form.backend, x.device), form._replace(layers=1), cls(form, graded)
+        backend, one = select(form.backend, x.device), form._replace(layers=1)
+        call = cls(form, graded, backend.choose)
         flow = x
         with torch.no_grad():
             reset, reset_to = call._resets(x, resets)
@@ -137,7 +139,7 @@ class LayeredCall:
             return Given(flow, initial, own)
         found = masks.Masks()
         if self.wanted[k]:
-            found = masks.draw(self.wanted[k], x, drawn)
+            found = masks.draw(self.wanted[k], x, drawn, self.choose)
             if options.weight_dropout:
                 own = [t for w in masks.drop_weights(self._named(own), found) for t in w.present()]
         shares = options.shares(form.spec, form.training)

@@ -64,8 +64,8 @@ OF_OPTIONS = [
         MODULES + "test_masks_of_a_call",
         "masks.py",
         {
-            "options: a mask unscaled": (".mul_(0.0 if p == 1 else 1 / (1 - p))", ""),
-            "options: kept and dropped exchanged": ("drawn) > _last", "drawn) <= _last"),
+            "options: a mask unscaled": ("to(like.dtype).mul_(scale)", "to(like.dtype)"),
+            "options: kept and dropped exchanged": ("(words > last)", "(words <= last)"),
             "options: one mask for both directions": (
                 "Masks(found[0], ",
                 "Masks(None if found[0] is None else found[0][:1].expand_as(found[0]), ",
@@ -77,8 +77,8 @@ OF_OPTIONS = [
         "masks.py",
         {
             "options: a threshold that is no number of 16 bits": (
-                "_words(shape, like, drawn) <= _last(p)",
-                "_words(shape, like, drawn) < _last(p) + 1",
+                "words <= last if",
+                "words < last + 1 if",
             ),
         },
     ),
@@ -148,8 +148,8 @@ OF_OPTIONS = [
                 "shares = (0.0, 0.0)",
             ),
             "options: a plan that draws when it is made": (
-                "masks.draw(self.wanted[k], x, drawn)",
-                "masks.draw(self.wanted[k], x)",
+                "masks.draw(self.wanted[k], x, drawn, self.choose)",
+                "masks.draw(self.wanted[k], x, choose=self.choose)",
             ),
             "options: a plan without dropout between layers": ("if k == 0 or not form.dropout", "if True"),
             "options: a plan without weight dropout": (

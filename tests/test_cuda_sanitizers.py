@@ -36,25 +36,10 @@ def run(module: Path, sanitizer: str | None, *arguments: str) -> subprocess.Comp
 
 
 PAIRS, OPTIONS = ("--most", "2"), ("--options",)
+SCHEDULES = ("--schedules", "0", "1", "2")
 # Calls that torch.nn has too, alone and in pairs; and with everything that it lacks.
 QUICK = {"torch": PAIRS, "options": (*OPTIONS, "--most", "0")}
 LONG = {"torch in full": (*PAIRS, "--full"), "options in full": (*OPTIONS, *PAIRS, "--full")}
-
-
-@pytest.mark.parametrize("sanitizer", LIBRARIES)
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        *(pytest.param(arguments, id=name) for name, arguments in QUICK.items()),
-        *(pytest.param(arguments, id=name, marks=pytest.mark.slow) for name, arguments in LONG.items()),
-    ],
-)
-def test_nothing_is_found(sanitizer: str, arguments: Sequence[str]) -> None:
-    """Each call in one dtype, tile and schedule; or in all of them."""
-    module = builder().build_host(BUILD, sanitizer)
-    done = run(module, sanitizer, "--schedules", "0", "1", "2", *arguments)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert ", 0 wrong results" in done.stdout
 
 
 class Defect(NamedTuple):
@@ -173,6 +158,27 @@ def build(workshop: Path, sanitizer: str | None, defect: Defect | None) -> Path:
 ARGUMENTS = ("--dtypes", "float32", "--full")
 
 
+@pytest.mark.parametrize("sanitizer", LIBRARIES)
+@pytest.mark.parametrize("name", QUICK)
+def test_nothing_is_found(name: str, sanitizer: str, workshop: Path) -> None:
+    """Each call in one tile and schedule, in float32."""
+    nothing_found(build(workshop, sanitizer, None), sanitizer, "--dtypes", "float32", *QUICK[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", LIBRARIES)
+@pytest.mark.parametrize("name", LONG)
+def test_nothing_is_found_in_any_dtype(name: str, sanitizer: str) -> None:
+    """Each call in all dtypes, tiles and schedules."""
+    nothing_found(builder().build_host(BUILD, sanitizer), sanitizer, *LONG[name])
+
+
+def nothing_found(module: Path, sanitizer: str, *arguments: str) -> None:
+    done = run(module, sanitizer, *SCHEDULES, *arguments)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert ", 0 wrong results" in done.stdout
+
+
 # One of each kind in every run of the tests; all of them take minutes.
 ALWAYS = (
     "no barrier before a chunk is read",
@@ -198,5 +204,5 @@ def test_a_defect_is_caught(name: str, workshop: Path) -> None:
 
 
 def test_without_a_defect_nothing_is_caught(workshop: Path) -> None:
-    done = run(build(workshop, None, None), None, *ARGUMENTS, "--schedules", "0", "1", "2")
+    done = run(build(workshop, None, None), None, *ARGUMENTS, *SCHEDULES)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

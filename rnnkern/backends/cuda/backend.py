@@ -2,8 +2,9 @@
 
 from rnnkern.backends.cuda.extension import load
 from rnnkern.backends.cuda.sweeps import SweepBackend
+from rnnkern.masks import choose
 
-__all__ = ["as_given", "backward", "forward", "inference_plan", "layer_plan"]
+__all__ = ["as_given", "backward", "choose", "forward", "inference_plan", "layer_plan"]
 
 _backend = SweepBackend(load())
 as_given = _backend.as_given

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rnnkern.backends import Cotangents, Layer, Needs, Saved, States, readable
 from rnnkern.backends.numba_cpu.ahead import inference_plan, layer_plan
+from rnnkern.backends.numba_cpu.choice import choose
 from rnnkern.backends.numba_cpu.optional_plans import named_extras
 from rnnkern.backends.numba_cpu.plans import WEIGHTS, Cut
 from rnnkern.backends.numba_cpu.ways import adds_rows, total, way_of
@@ -40,7 +41,7 @@ def _named(layer: Layer) -> dict[str, Tensor | None]:
     return tensors | named_extras(layer) if layer.extras else tensors
 
 
-__all__ = ["as_given", "backward", "forward", "inference_plan", "layer_plan"]
+__all__ = ["as_given", "backward", "choose", "forward", "inference_plan", "layer_plan"]
 
 as_given = False
 
