@@ -18,12 +18,14 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from examples import tables
 from examples.arguments import BACKENDS, Refused, add_settings
 from examples.catalogue import CATALOGUE, ENTRIES, Entry
 from examples.data import Dataset, NotFetchedError
 from examples.datasets import Data, Reviews
-from examples.training import Result, Settings, check, evaluate, is_done, train
+from examples.training import Result, Settings, check, evaluate, is_done, make_runs_dir, train
 
 
 class Loader:
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loader, settings = Loader(options.pop("data_dir")), Settings(**options)
     try:
         match words:
-            case [] if listed:
+            case _ if listed:
                 print(listing())
             case ["report"]:
                 tables.report(settings.runs_dir, document)
@@ -62,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 compare([first, *others], truncating, settings, loader)
             case ["evaluate", name]:
                 test(find(name, truncating), settings, loader)
+            case ["compare" | "evaluate" as command, *names]:
+                raise Refused(f"{command}: expected {'one NAME' if names else 'a NAME'} behind it; see --list")
             case [name]:
                 run(find(name, truncating), settings, loader)
             case _:
@@ -128,6 +132,7 @@ def find(name: str, truncating: str) -> Entry:
 def run(entry: Entry, settings: Settings, loader: Loader) -> Result:
     """Trains one."""
     check(entry, settings)
+    make_runs_dir(settings)
     return train(entry, loader.load(entry.family.data), settings)
 
 
@@ -135,12 +140,12 @@ def test(entry: Entry, settings: Settings, loader: Loader) -> None:
     """Tests one, and prints what it reaches."""
     check(entry, settings)
     found = evaluate(entry, loader.load(entry.family.data), settings)
-    print(", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+    say(", ".join(f"{name} {value:.4f}" for name, value in found.items()))
 
 
 def compare(names: Sequence[str], truncating: str, settings: Settings, loader: Loader) -> None:
     """Trains each, and prints their table."""
-    chosen = []
+    chosen: list[tuple[Entry, Settings]] = []
     for word in names:
         name, _, backend = word.partition("@")
         if backend and backend not in BACKENDS:
@@ -148,9 +153,25 @@ def compare(names: Sequence[str], truncating: str, settings: Settings, loader: L
         own = replace(settings, backend=backend or settings.backend)
         entry = find(name, truncating)
         check(entry, own)
+        if any(own.folder(entry) == other.folder(earlier) for earlier, other in chosen):
+            raise Refused(f"{word}: expected each run once, got it twice; leave one out")
         chosen.append((entry, own))
+    for entry, _ in chosen:
+        loader.load(entry.family.data)  # before anything is trained in vain
     results = [run(entry, own, loader) for entry, own in chosen]
-    print(tables.compare(results, settings.runs_dir))
+    conclude(results, settings.runs_dir)
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Prints it, once where several processes train."""
+    print(text, flush=True)
+
+
+@rank_zero_only
+def conclude(results: Sequence[Result], runs: Path) -> None:
+    """Leaves and prints the table of runs."""
+    print(tables.compare(results, runs))
 
 
 def train_all(patterns: Sequence[str], truncating: str, settings: Settings, loader: Loader) -> None:
@@ -163,7 +184,7 @@ def train_all(patterns: Sequence[str], truncating: str, settings: Settings, load
     missed = []
     for place, name in enumerate(names, 1):
         entry = find(name, truncating)
-        print(f"[{place}/{len(names)}] {entry.name}", flush=True)
+        say(f"[{place}/{len(names)}] {entry.name}")
         if is_done(entry, settings):
             continue
         try:

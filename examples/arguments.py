@@ -24,6 +24,14 @@ def positive(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """What every generator takes as a seed."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to {2**32 - 1}, got {text}")
+    return value
+
+
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """The data folder, and an option for each field of training.Settings."""
     add = parser.add_argument
@@ -40,7 +48,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of rnnkern, or torch for torch.nn's own layers (default auto)",
     )
-    add("--seed", type=int, default=0, metavar="S", help="of weights, masks and order (default 0)")
+    add("--seed", type=seed, default=0, metavar="S", help="of weights, masks and order (default 0)")
     add("--devices", type=positive, default=1, metavar="N", help="processes of a machine that train (default 1)")
     add("--nodes", type=positive, default=1, metavar="N", help="machines, by Lightning's DDP (default 1)")
     add("--limit-steps", type=positive, metavar="N", help="at most N batches a pass, for a quick look")

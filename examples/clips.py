@@ -1,5 +1,5 @@
 """Generated clips of a moving digit, of two kinds: it goes straight on and is thrown back by the borders, or round a
-circle. A single frame does not tell which; the digits are scikit-learn's, so nothing is downloaded."""
+circle. A single frame hardly tells which; the digits are scikit-learn's, so nothing is downloaded."""
 
 from __future__ import annotations
 

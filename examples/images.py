@@ -114,7 +114,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
             content = file.read()
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: expected a whole gzip file, got {type(error).__name__}; fetch it again") from error
-    if content[:3] != UBYTES:
+    if content[:3] != UBYTES or len(content) < 4:
         raise ValueError(
             f"{path}: expected an IDX file of unsigned bytes, {UBYTES.hex(' ')}, got {content[:3].hex(' ')}"
         )

@@ -23,7 +23,7 @@ from examples.catalogue import CELLS, MNIST_128, Entry, Recipe, last
 from examples.data import Dataset, Holdout, NotFetchedError
 from examples.images import MNIST, digits, load_idx
 from examples.layers import Recurrent
-from examples.training import Result, Settings, check, train
+from examples.training import Result, Settings, check, make_runs_dir, train
 
 RECIPE = Recipe(10, 64, rate=2e-3, holdout=Holdout(), decay=True, clip=1.0)
 
@@ -36,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> Result:
     family = replace(MNIST_128, recipe=replace(RECIPE, patience=patience))
     try:
         data = load(options.pop("data_dir"))
-        entry = Entry(f"{data.name}-{cell}-{hidden}", family, last(Recurrent(cell, hidden)))
+        entry = Entry(f"{data.name}-rows-{cell}-{hidden}", family, last(Recurrent(cell, hidden)))
         settings = Settings(**options)
         check(entry, settings)
+        make_runs_dir(settings)
     except (FileNotFoundError, ValueError, Refused) as error:
         parser.error(str(error))
     return train(entry, data, settings)

@@ -28,6 +28,12 @@ PAD, START, UNKNOWN, OFFSET = 0, 1, 2, 3  # Keras's numbers; a word's own are be
 RECONSTRUCT = np.empty(0, object).__reduce__()[0]
 PICKLED = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}
 
+# What reading a file that is none raises.
+DAMAGED = (
+    *(OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError),
+)
+
 Truncating = Literal["pre", "post"]
 
 
@@ -73,7 +79,7 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
             for name in ("x_train", "y_train", "x_test", "y_test"):
                 with file.open(f"{name}.npy") as stream:
                     arrays[name] = read_array(stream)
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError) as error:
+    except DAMAGED as error:
         raise ValueError(
             f"{path}: expected Keras's imdb.npz, got {type(error).__name__}: {error}; remove it and fetch it again"
         ) from error
@@ -84,11 +90,18 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
                 f"{path}: expected as many labels 0 and 1 as reviews, got shapes {texts.shape} and {labels.shape}; "
                 "remove it and fetch it again"
             )
+        if not all(is_review(text) for text in texts):
+            raise ValueError(f"{path}: expected reviews to be lists of word numbers; remove it and fetch it again")
     return arrays
 
 
+def is_review(text: object) -> bool:
+    """Whether it is a list of numbers from 1 up, not empty."""
+    return isinstance(text, list) and bool(text) and all(type(word) is int and word > 0 for word in text)
+
+
 class Unpickler(pickle.Unpickler):
-    """Reads an array of lists of integers and nothing else: a pickle could run anything."""
+    """Reads an array of lists of integers: a pickle could run anything, so it may name nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         """numpy's array and its type."""

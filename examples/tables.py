@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from examples.arguments import Refused
 from examples.catalogue import CATALOGUE, CLIPS, FAMILIES, SMOKE, Entry, Family
 from examples.plots import plot_comparison, plot_confusions
-from examples.training import RESULT, Result
+from examples.training import RESULT, UNFINISHED, Result, read_result
 
 COLUMNS = (
     "run", "model", "accuracy", "published", "loss", "published", "training loss", "epochs", "s/epoch", "published",
@@ -22,10 +21,9 @@ NOTHING = "-"
 
 def read_results(runs: Path) -> list[Result]:
     """Those of all finished runs of the catalogue, in its order; of models that are not in it, none."""
-    found = [json.loads(path.read_text()) for path in sorted(runs.glob(f"*/{RESULT}"))]
-    order = list(CATALOGUE)
-    results = [Result(**content) for content in found if content.get("entry") in CATALOGUE]
-    return sorted(results, key=lambda result: order.index(result.entry))
+    paths = [path for path in sorted(runs.glob(f"*/{RESULT}")) if path.parent.suffix != UNFINISHED]
+    found, order = map(read_result, paths), list(CATALOGUE)
+    return sorted((r for r in found if r.entry in CATALOGUE), key=lambda result: order.index(result.entry))
 
 
 def table(results: Iterable[Result]) -> str:
@@ -42,7 +40,7 @@ def row(result: Result, entry: Entry) -> list[str]:
         f"{result.step_seconds[name]:.1f}" for name in ("rnnkern", "torch") if name in result.step_seconds
     )
     return [
-        result.name,
+        label(result),
         "; ".join(map(str, entry.layers)) + (f" ({entry.note})" if entry.note else ""),
         accuracy,
         number(entry.accuracy),
@@ -59,6 +57,18 @@ def row(result: Result, entry: Entry) -> list[str]:
     ]
 
 
+def label(result: Result) -> str:
+    """A run's name, and in what it is not the catalogue's."""
+    asked, recipe, marks = result.asked, CATALOGUE[result.entry].family.recipe, []
+    if asked["epochs"] != recipe.epochs:
+        marks.append(f"{asked['epochs']} of {recipe.epochs} epochs")
+    if asked["limit_steps"] is not None:
+        marks.append(f"{asked['limit_steps']} batches a pass")
+    if asked["seed"] != 0:
+        marks.append(f"seed {asked['seed']}")
+    return f"{result.name} ({', '.join(marks)})" if marks else result.name
+
+
 def clip_table(results: Iterable[Result]) -> str:
     """The measures of two classes, in percent, and the seconds that a frame takes in a test of one clip."""
     rows = []
@@ -66,7 +76,7 @@ def clip_table(results: Iterable[Result]) -> str:
         measures = [f"{100 * result.measures[name]:.2f}" for name in ("precision", "recall", "f1", "tpr", "tnr")]
         published = ", ".join(f"{value:g}" for value in SMOKE[result.entry])
         seconds = [f"{result.measures['seconds_a_frame']:.5f}", f"{result.seconds_per_epoch:.1f}"]
-        rows.append([result.name, *measures, *seconds, published])
+        rows.append([label(result), *measures, *seconds, published])
     return markdown(CLIP_COLUMNS, rows)
 
 
@@ -94,19 +104,26 @@ def report(runs: Path, document: Path) -> None:
     is not there; the text around stays.
 
     Raises:
-        Refused: there are no results, or the document lacks the place of a family.
+        Refused: there are no results, or the document lacks the place of a family or cannot be written.
     """
+    if not document.suffix or document.is_dir():
+        raise Refused(f"--write: expected a file like docs/results.md, got {document}; choose another")
     results = read_results(runs)
     if not results:
         raise Refused(f"{runs}: expected runs of the catalogue, found none; `python -m examples all` runs it")
     text = document.read_text() if document.is_file() else blank()
     pictures = document.with_suffix("")
-    pictures.mkdir(parents=True, exist_ok=True)
+    try:
+        pictures.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"--write: expected to write beside {document}, got {error.strerror}; choose another") from error
     for family in FAMILIES:
         chosen = [result for result in results if CATALOGUE[result.entry].family is family]
         if chosen:
             text = insert(text, family.name, section(family, chosen, pictures))
-    document.write_text(text)
+    part = document.with_name(f"{document.name}.part")
+    part.write_text(text)
+    part.replace(document)
 
 
 def section(family: Family, results: Sequence[Result], pictures: Path) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
+import shutil
 import statistics
 import time
 import warnings
@@ -29,6 +31,7 @@ from examples.timing import both_ways, seconds_a_frame
 TEST_BATCH = 500
 RESULT, CHECKPOINT = "result.json", "model.ckpt"
 OUTPUTS = (RESULT, CHECKPOINT, "curves.png", "confusion.png", "predictions.png")
+UNFINISHED = ".part"  # behind the name of the folder of a run that has not come to its end
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no list of absent hardware, no advertisement
 
@@ -118,17 +121,41 @@ def check(entry: Entry, settings: Settings) -> None:
         )
 
 
+def make_runs_dir(settings: Settings) -> None:
+    """Raises Refused if there is no writing there: before data is loaded and anything trained."""
+    try:
+        settings.runs_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(
+            f"--runs-dir: expected a folder to write to, got {settings.runs_dir} ({error.strerror}); choose another"
+        ) from error
+
+
+def read_result(path: Path) -> Result:
+    """A result.json. Raises Refused if it is none."""
+    try:
+        return Result(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise Refused(
+            f"{path}: expected what a run leaves, got {type(error).__name__}: {error}; move it away and train again"
+        ) from error
+
+
 def is_done(entry: Entry, settings: Settings) -> bool:
     """Whether there is a result of just such a run."""
     path = settings.folder(entry) / RESULT
-    return path.is_file() and json.loads(path.read_text()).get("asked") == settings.asked(entry)
+    if not path.is_file():
+        return False
+    result = read_result(path)
+    return result.asked == settings.asked(entry) and (not settings.against_torch or bool(result.step_seconds))
 
 
 def train(entry: Entry, data: Dataset, settings: Settings) -> Result:
-    """Trains and tests an entry's model, leaves result.json, checkpoint and pictures, and prints the outcome."""
+    """Trains and tests an entry's model, leaves result.json, checkpoint and pictures, and prints the outcome. Until it
+    has come to its end, what an earlier run left stays."""
     recipe, epochs = entry.family.recipe, settings.epochs or entry.family.recipe.epochs
     model = make_classifier(entry, data, settings)
-    folder = settings.folder(entry)
+    folder = settings.folder(entry).with_name(settings.folder(entry).name + UNFINISHED)
     history = History()
     trainer = make_trainer(entry, settings, epochs, folder, history)
     if trainer.is_global_zero:
@@ -147,6 +174,7 @@ def train(entry: Entry, data: Dataset, settings: Settings) -> Result:
     result = outcome(entry, data, settings, model, metrics, history)
     if trainer.is_global_zero:
         leave(result, entry, data, model, folder)
+        publish(folder, settings.folder(entry))
     return result
 
 
@@ -171,7 +199,9 @@ def outcome(
         asked=settings.asked(entry),
         threads=torch.get_num_threads(),
         measures=model.measures | seconds_a_frame(model.model, data),
-        step_seconds=both_ways(entry, data, settings.seed) if settings.against_torch else {},
+        step_seconds=both_ways(entry, data, settings.seed)
+        if settings.against_torch and model.trainer.is_global_zero
+        else {},
         confusion=model.confusion,
         history=history.metrics,
     )
@@ -181,15 +211,22 @@ def evaluate(entry: Entry, data: Dataset, settings: Settings) -> dict[str, float
     """Tests what a run left: accuracy, loss, and the measures of two classes.
 
     Raises:
-        Refused: there is no checkpoint.
+        Refused: there is no checkpoint, or not one of this model.
     """
     checkpoint = settings.folder(entry) / CHECKPOINT
     if not checkpoint.is_file():
         raise Refused(f"{checkpoint}: expected what a training left, found nothing; train {entry.name} first")
     model = make_classifier(entry, data, settings)
+    try:
+        model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+    except (OSError, EOFError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError) as error:
+        raise Refused(
+            f"{checkpoint}: expected the weights of {entry.name}, got something else ({type(error).__name__}); "
+            "train it again"
+        ) from error
     trainer = make_trainer(entry, settings, 1, checkpoint.parent, History())
     with quiet():
-        metrics = trainer.test(model, Batches(data.test, TEST_BATCH), ckpt_path=checkpoint, verbose=False)[0]
+        metrics = trainer.test(model, Batches(data.test, TEST_BATCH), verbose=False)[0]
     return {name.removeprefix("test_"): round(value, 6) for name, value in metrics.items()} | model.measures
 
 
@@ -239,10 +276,19 @@ def make_trainer(entry: Entry, settings: Settings, epochs: int, folder: Path, hi
 
 
 def empty(folder: Path) -> None:
-    """Makes the folder, or removes what an earlier run of the same name left there."""
+    """Makes the folder, or removes what a run left there."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in OUTPUTS:
         (folder / file).unlink(missing_ok=True)
+
+
+def publish(part: Path, folder: Path) -> None:
+    """Puts a finished run in the place of an earlier one; result.json comes last: where it is, a run was finished."""
+    empty(folder)
+    for name in reversed(OUTPUTS):
+        if (part / name).is_file():
+            (part / name).replace(folder / name)
+    shutil.rmtree(part)
 
 
 @contextmanager
@@ -257,7 +303,7 @@ def quiet() -> Iterator[None]:
 
 @torch.no_grad()
 def leave(result: Result, entry: Entry, data: Dataset, model: Classifier, folder: Path) -> None:
-    """Draws the pictures and writes result.json, which comes last: where it is, a run was finished."""
+    """Draws the pictures and writes result.json."""
     title = f"{result.name}: test accuracy {result.test_accuracy:.2%}"
     plot_curves(result.history, title, folder / "curves.png")
     plot_confusion(result.confusion, data.classes, title, folder / "confusion.png")
@@ -268,11 +314,9 @@ def leave(result: Result, entry: Entry, data: Dataset, model: Classifier, folder
             first.inputs, first.labels.tolist(), predicted, data.classes, title, folder / "predictions.png"
         )
     lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in asdict(result).items())
-    unfinished = folder / f"{RESULT}.part"
-    unfinished.write_text(f"{{\n{lines}\n}}\n")
-    unfinished.replace(folder / RESULT)
+    (folder / RESULT).write_text(f"{{\n{lines}\n}}\n")
     published = "" if entry.accuracy is None else f" (published {entry.accuracy:.4f})"
     print(
         f"test accuracy {result.test_accuracy:.4f}{published}, loss {result.test_loss:.4f}, "
-        f"{result.seconds_per_epoch:.1f} s an epoch; written to {folder}"
+        f"{result.seconds_per_epoch:.1f} s an epoch; written to {folder.with_name(result.name)}"
     )

@@ -37,8 +37,9 @@ LIMITS: dict[str, tuple[tuple[object, ...], str]] = {
     "bias_constraint": ((None,), "set it to None, and project the biases after each step of the optimizer"),
 }
 ACTIVATIONS = {"LSTM": ("tanh",), "GRU": ("tanh",), "SimpleRNN": ("tanh", "relu")}
+INITIAL = ("kernel_initializer", "recurrent_initializer", "bias_initializer", "unit_forget_bias")
 # In what the two layers of a Bidirectional may differ.
-OF_ITS_OWN = ("name", "go_backwards", "seed", "zero_output_for_mask", "kernel_initializer", "recurrent_initializer")
+OF_ITS_OWN = ("name", "go_backwards", "seed", "zero_output_for_mask", "unroll", *INITIAL)
 
 # What `init_keras_` draws: the modules, and the parameters of recurrent ones.
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -70,7 +71,8 @@ def from_keras(layer: Any) -> LSTM | GRU | RNN:
     Keras's one bias of an LSTM, SimpleRNN or GRU with ``reset_after=False`` becomes ``bias_ih``, and ``bias_hh`` is 0.
     If training goes on, both learn, each at the full rate; ``module.bias_hh_l0.requires_grad_(False)`` leaves one to
     learn, as Keras has it. Initialisers, seed, name and unroll are dropped: they have no say in what the layer
-    computes. A layer that is not trainable gives parameters without gradients.
+    computes. A layer that is not trainable gives parameters without gradients. The module is in training mode, as every
+    new one: ``.eval()`` has no dropout, as Keras's call outside of ``fit``.
 
     Raises:
         TypeError: another kind of layer.
@@ -257,7 +259,9 @@ def _torch_arrays(module: LSTM | GRU | RNN, weights: Sequence[Array]) -> list[Ar
 
 def _keras_arrays(module: LSTM | GRU | RNN, names: Sequence[str]) -> list[Array]:
     """Kernel, recurrent kernel and bias of a direction, from torch's weights."""
-    w_ih, w_hh, *biases = (_reordered(module, getattr(module, name).detach().cpu().numpy().T) for name in names)
+    parameters = (getattr(module, name).detach().cpu() for name in names)
+    arrays = ((p.float() if p.dtype == torch.bfloat16 else p).numpy() for p in parameters)  # numpy has no bfloat16
+    w_ih, w_hh, *biases = (_reordered(module, array.T) for array in arrays)
     if not biases:
         return [w_ih, w_hh]
     both = isinstance(module, GRU) and module.reset_after

@@ -29,43 +29,53 @@ class Masks(NamedTuple):
     zoneout_c: Tensor | None = None  # (*rows, D*H) bool
 
 
-def _words(shape: tuple[int, ...], like: Tensor, drawn: bool) -> Tensor:
-    """Numbers of 16 bits, all of them equally likely; or any, of the same look, for a call that is only laid out."""
-    count = prod(shape)
-    whole = shape[-1] % 4 == 0  # no draw reaches from one row into the next: two views less
-    draws = (*shape[:-1], shape[-1] // 4) if whole else ((count + 3) // 4,)
-    if drawn:
-        words = torch.randint(-(2**63), 2**63 - 1, draws, device=like.device)
-    else:
-        words = torch.empty(draws, dtype=torch.int64, device=like.device)
-    words = words.view(torch.int16)
-    return words if whole else words[:count].view(shape)
+class Wanted(NamedTuple):
+    """A mask before it is drawn."""
+
+    shape: tuple[int, ...]
+    last: int  # the share p of all words, rounded, are this one and those below
+    scale: float | None  # of factors; None: bools
 
 
-def _last(p: float) -> int:
-    """The share p of all words, rounded, are this one and those below."""
-    return round(p * LEVELS) - LEVELS // 2 - 1
+def _wanted(p: float, shape: tuple[int, ...], scale: float | None) -> Wanted | None:
+    level = round(p * LEVELS)
+    return None if level == 0 else Wanted(shape, level - LEVELS // 2 - 1, scale)
 
 
-def choose(words: Tensor, last: int, scale: float | None, like: Tensor) -> Tensor:
-    """Bools, true for words up to the `last`; with a scale 0 there and the scale elsewhere, in the dtype of `like`. In
-    the operations of torch, which all of its tools can follow; a backend may have a quicker way."""
+def chance(p: float, shape: tuple[int, ...]) -> Wanted | None:
+    """Bools that are true with probability p; None where that is 0."""
+    return _wanted(p, shape, None)
+
+
+def factors(p: float, shape: tuple[int, ...]) -> Wanted | None:
+    """0 with probability p, else 1/(1-p); None where p is 0."""
+    return _wanted(p, shape, 0.0 if p == 1 else 1 / (1 - p))
+
+
+def choose(draws: Tensor, shape: tuple[int, ...], last: int, scale: float | None, like: Tensor) -> Tensor:
+    """Bools of a shape, true for words up to the `last`; with a scale 0 there and the scale elsewhere, in the dtype of
+    `like`. A draw is four words. In the operations of torch, which all of its tools can follow; a backend may have a
+    quicker way."""
+    words = draws.view(torch.int16)
+    if words.shape != shape:
+        words = words[: prod(shape)].view(shape)
     return words <= last if scale is None else (words > last).to(like.dtype).mul_(scale)
 
 
-Choose = Callable[[Tensor, int, float | None, Tensor], Tensor]
+Choose = Callable[[Tensor, tuple[int, ...], int, float | None, Tensor], Tensor]
 
 
-def chance(p: float, shape: tuple[int, ...], like: Tensor, drawn: bool, choose: Choose = choose) -> Tensor | None:
-    """Bools that are true with probability p; None where that is 0."""
-    return None if round(p * LEVELS) == 0 else choose(_words(shape, like, drawn), _last(p), None, like)
-
-
-def factors(p: float, shape: tuple[int, ...], like: Tensor, drawn: bool, choose: Choose = choose) -> Tensor | None:
-    """0 with probability p, else 1/(1-p), in the dtype of `like`; None where p is 0."""
-    if round(p * LEVELS) == 0:
-        return None
-    return choose(_words(shape, like, drawn), _last(p), 0.0 if p == 1 else 1 / (1 - p), like)
+def draw_one(wanted: Wanted, like: Tensor, drawn: bool = True, choose: Choose = choose) -> Tensor:
+    """A mask on the device of `like`, factors in its dtype. Not `drawn`, it only looks like one, and no generator is
+    touched."""
+    shape = wanted.shape
+    # where no draw reaches from one row into the next, words have the shape of the mask: two views less
+    size = (*shape[:-1], shape[-1] // 4) if shape[-1] % 4 == 0 else ((prod(shape) + 3) // 4,)
+    if drawn:
+        draws = torch.randint(-(2**63), 2**63 - 1, size, device=like.device)  # 64 bits, all equally likely
+    else:
+        draws = torch.empty(size, dtype=torch.int64, device=like.device)
+    return choose(draws, shape, wanted.last, wanted.scale, like)
 
 
 def drop_between(p: float, x: Tensor, batch_first: bool, drawn: bool = True) -> Tensor:
@@ -76,30 +86,22 @@ def drop_between(p: float, x: Tensor, batch_first: bool, drawn: bool = True) -> 
     return drop(x, p, training=drawn)
 
 
-class Wanted(NamedTuple):
-    """A mask before it is drawn."""
-
-    kind: Callable[[float, tuple[int, ...], Tensor, bool, Choose], Tensor | None]
-    p: float
-    shape: tuple[int, ...]
-
-
-def wanted(cell: CellSpec, options: Options, x: Tensor, batch: int, weights: Sequence[Weights]) -> list[Wanted]:
+def wanted(cell: CellSpec, options: Options, x: Tensor, batch: int, weights: Sequence[Weights]) -> list[Wanted | None]:
     """The masks of a layer in training, in their order; x (T, B, I) or packed rows (N, I)."""
     directions, rows, (gates, outputs) = len(weights), x.shape[:-1], weights[0].weight_hh.shape
     zone_h, zone_c = options.zones(cell)
     return [
-        Wanted(factors, options.input_dropout, (directions, batch, x.shape[-1])),
-        Wanted(factors, options.recurrent_dropout, (directions, batch, outputs)),
-        *(Wanted(factors, options.weight_dropout, tuple(w.weight_hh.shape)) for w in weights),
-        Wanted(chance, zone_h, (*rows, directions * outputs)),
-        Wanted(chance, zone_c, (*rows, directions * (gates // len(cell.gates)))),
+        factors(options.input_dropout, (directions, batch, x.shape[-1])),
+        factors(options.recurrent_dropout, (directions, batch, outputs)),
+        *(factors(options.weight_dropout, tuple(w.weight_hh.shape)) for w in weights),
+        chance(zone_h, (*rows, directions * outputs)),
+        chance(zone_c, (*rows, directions * (gates // len(cell.gates)))),
     ]
 
 
-def draw(wanted: Sequence[Wanted], like: Tensor, drawn: bool = True, choose: Choose = choose) -> Masks:
-    """Masks on the device of `like`. Not `drawn`, they only look like masks, and no generator is touched."""
-    found = [None if p == 0 else kind(p, shape, like, drawn, choose) for kind, p, shape in wanted]
+def draw(wanted: Sequence[Wanted | None], like: Tensor, drawn: bool = True, choose: Choose = choose) -> Masks:
+    """All of them, in their order; the rest as for `draw_one`."""
+    found = [None if one is None else draw_one(one, like, drawn, choose) for one in wanted]
     return Masks(found[0], found[1], tuple(found[2:-2]), found[-2], found[-1])
 
 

@@ -33,7 +33,7 @@ class LayeredCall:
     def __init__(self, form: Form, graded: bool, choose: masks.Choose) -> None:
         self.form, self.plain, self.graded = form, form.plain, graded
         self.plans: list[LayerPlan] = []
-        self.wanted: list[list[masks.Wanted]] = []  # of each layer
+        self.wanted: list[list[masks.Wanted | None]] = []  # of each layer
         self.choose = choose
 
     @classmethod
@@ -103,7 +103,7 @@ class LayeredCall:
             return flow
         return form.rows_back(masks.drop_between(form.dropout, form.rows(flow, x), form.batch_first, drawn), x)
 
-    def _wanted(self, k: int, rows: Tensor, weights: Sequence[Tensor]) -> list[masks.Wanted]:
+    def _wanted(self, k: int, rows: Tensor, weights: Sequence[Tensor]) -> list[masks.Wanted | None]:
         """The masks of layer k."""
         form = self.form
         if not form.training or form.options is PLAIN:

@@ -26,7 +26,8 @@ def reset_states(reset_to: States, batch: int, unbatched: bool) -> States:
 
 def reset_states_of(reset_to: States | None, layer: int) -> tuple[Tensor | None, Tensor | None]:
     """What `reset_states` gave, of one layer: h and c, (B, n) or (T, B, n)."""
-    parts = [s[layer] if s.dim() == 3 else s[:, layer] for s in reset_to or ()]
+    # backward of squeeze is a view, that of an index fills a whole with zeros
+    parts = [s.squeeze(-3) if s.shape[-3] == 1 else s.select(-3, layer) for s in reset_to or ()]
     return parts[0] if parts else None, parts[1] if len(parts) > 1 else None
 
 

@@ -37,7 +37,7 @@ OF_OPTIONS = [
         RESETS + "test_a_reset_begins_an_episode_of_its_own",
         "views.py",
         {
-            "options: states to reset to of one layer for all": ("else s[:, layer] for s", "else s[:, 0] for s"),
+            "options: states to reset to of one layer for all": ("s.select(-3, layer)", "s.select(-3, 0)"),
         },
     ),
     *seen_by(
@@ -70,6 +70,14 @@ OF_OPTIONS = [
                 "Masks(found[0], ",
                 "Masks(None if found[0] is None else found[0][:1].expand_as(found[0]), ",
             ),
+        },
+    ),
+    *seen_by(
+        MODULES + "test_masks_by_the_backend_are_those_by_torch",
+        "backends/numba_cpu/choice.py",
+        {
+            "options: the last word left out": ('icmp_signed("<="', 'icmp_signed("<"'),
+            "options: a word compared without its sign": ('icmp_signed("<="', 'icmp_unsigned("<="'),
         },
     ),
     *seen_by(

@@ -90,7 +90,7 @@ def test_a_run_and_its_test(capsys: pytest.CaptureFixture[str], backend: str) ->
 
 
 def test_reviews_stop_early_with_the_best_weights(capsys: pytest.CaptureFixture[str]) -> None:
-    """The rate is cut to none, so that no epoch is better than the first."""
+    """Three epochs after the best, however many those are."""
     main(["imdb-300-rnn", "--truncating", "post"])
     result = result_of("imdb-300-rnn-post")
     losses = [epoch["val_loss"] for epoch in result["history"]]
@@ -117,7 +117,8 @@ def test_clips_against_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measures["seconds_a_frame"] > 0
     assert set(result["step_seconds"]) == {"rnnkern", "torch"}
     main(["report"])
-    assert f"| clips-2bilstm | {100 * measures['precision']:.2f} |" in Path("docs/results.md").read_text()
+    label = "clips-2bilstm (1 of 20 epochs, 1 batches a pass)"
+    assert f"| {label} | {100 * measures['precision']:.2f} |" in Path("docs/results.md").read_text()
 
 
 QUICK = ["--epochs", "1", "--limit-steps", "2"]
@@ -128,7 +129,7 @@ def test_all_goes_on_where_it_was_interrupted(
 ) -> None:
     monkeypatch.setattr(training, "both_ways", lambda *_: {"rnnkern": 1.0, "torch": 2.0})
     pattern = "mnist-???-64-3*"
-    main(["mnist-rnn", *QUICK])
+    main(["mnist-rnn", *QUICK, "--against-torch"])
     before = Path("runs/mnist-rnn/result.json").read_text()
     main(["all", "mnist-rnn", pattern, "cifar-rnn-no", *QUICK])
     said = capsys.readouterr().out
@@ -136,6 +137,9 @@ def test_all_goes_on_where_it_was_interrupted(
     assert Path("runs/mnist-rnn/result.json").read_text() == before
     main(["all", "mnist-rnn", "--epochs", "2", "--limit-steps", "2"])  # not that run
     assert result_of("mnist-rnn")["epochs"] == 2
+    main(["mnist-rnn", *QUICK])
+    main(["all", "mnist-rnn", *QUICK])  # nor one that was not timed
+    assert result_of("mnist-rnn")["step_seconds"]
     with pytest.raises(SystemExit) as ended:
         main(["all", "mnist-rnn", "cifar-gru", *QUICK])
     assert ended.value.code == 1
@@ -143,7 +147,7 @@ def test_all_goes_on_where_it_was_interrupted(
 
     main(["report"])
     text = Path("docs/results.md").read_text()
-    assert "| mnist-rnn | RNN(64); Dense(10) | 0." in text
+    assert "| mnist-rnn (1 of 5 epochs, 2 batches a pass) | RNN(64); Dense(10) | 0." in text
     assert " below | 0.9437 | " in text
     assert "| 1.0, 2.0 | 6,602, 6,666 |" in text
     assert "![MNIST, 64 units, confusion](results/mnist-64-confusion.png)" in text
@@ -156,7 +160,8 @@ def test_all_goes_on_where_it_was_interrupted(
 def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
     main(["compare", "mnist-rnn", "mnist-rnn@torch", *QUICK])
     written = Path("runs/comparison.md").read_text()
-    assert [line.split(" | ")[0] for line in written.splitlines()[2:]] == ["| mnist-rnn", "| mnist-rnn-torch"]
+    names = [line.split(" | ")[0].split(" (")[0] for line in written.splitlines()[2:]]
+    assert names == ["| mnist-rnn", "| mnist-rnn-torch"]
     assert written in capsys.readouterr().out
     assert Path("runs/comparison.png").stat().st_size > 10_000
     ours, theirs = (result_of(name)["test_loss"] for name in ("mnist-rnn", "mnist-rnn-torch"))
@@ -176,6 +181,13 @@ def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
         (["all", "nothing*"], "all: expected names or patterns of the catalogue, got nothing*"),
         (["mnist-rnn", "--backend", "cuda"], "--backend: expected a CUDA device for cuda, found none"),
         (["report"], "runs: expected runs of the catalogue, found none"),
+        (["report", "--write", "results"], "--write: expected a file like docs/results.md, got results"),
+        (["mnist-rnn", "--seed", "-1"], "argument --seed: expected an integer from 0 to 4294967295, got -1"),
+        (["compare", "mnist-rnn", "mnist-rnn"], "mnist-rnn: expected each run once, got it twice"),
+        (["compare", "mnist-rnn", "cifar-rnn"], "data folder: expected the 6 files of cifar10"),
+        (["evaluate"], "evaluate: expected a NAME behind it"),
+        (["evaluate", "mnist-rnn", "mnist-gru"], "evaluate: expected one NAME behind it"),
+        (["mnist-rnn", "--runs-dir", "/proc/nowhere"], "--runs-dir: expected a folder to write to, got /proc/nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -183,6 +195,44 @@ def test_what_cannot_be_done_is_one_line(capsys: pytest.CaptureFixture[str], wor
     with pytest.raises(SystemExit):
         main(words)
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_interrupted_run_leaves_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    main(["mnist-rnn", *QUICK])
+    before = {path.name: path.read_bytes() for path in Path("runs/mnist-rnn").iterdir()}
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "leave", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["mnist-rnn", *QUICK, "--seed", "1"])
+    assert {path.name: path.read_bytes() for path in Path("runs/mnist-rnn").iterdir()} == before
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\3\4", None], ids=["empty", "text", "cut", "another"])
+def test_a_checkpoint_that_is_none_is_one_line(capsys: pytest.CaptureFixture[str], content: bytes | None) -> None:
+    main(["mnist-rnn", *QUICK])
+    main(["mnist-rnn-24", *QUICK])
+    path = Path("runs/mnist-rnn/model.ckpt")
+    path.write_bytes(Path("runs/mnist-rnn-24/model.ckpt").read_bytes() if content is None else content)
+    with pytest.raises(SystemExit):
+        main(["evaluate", "mnist-rnn"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "model.ckpt: expected the weights of mnist-rnn, got something else" in said
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"entry": "mnist-rnn"}'])
+def test_a_result_that_is_none_is_one_line(capsys: pytest.CaptureFixture[str], content: str) -> None:
+    folder = Path("runs/mnist-rnn")
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(content)
+    for words in (["report"], ["all", "mnist-rnn", *QUICK]):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert "result.json: expected what a run leaves, got " in capsys.readouterr().err.splitlines()[-1]
+    assert (folder / "result.json").read_text() == content
 
 
 def test_a_document_without_a_place_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,15 +291,17 @@ def bundled(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_the_mnist_example(capsys: pytest.CaptureFixture[str], cell: str) -> None:
     result = mnist.main(["--cell", cell, "--hidden", "8", "--epochs", "2", "--limit-steps", "3"])
-    written = result_of(f"digits-{cell}-8")
+    name = f"digits-rows-{cell}-8"
+    written = result_of(name)
     assert tuple(written)[: len(MNIST_KEYS)] == MNIST_KEYS
-    assert (written["name"], written["cell"], written["epochs"]) == (f"digits-{cell}-8", cell, 2)
+    assert (written["name"], written["cell"], written["epochs"]) == (name, cell, 2)
+    assert not any("-rows-" in name for name in CATALOGUE)  # a run of one is never taken for one of the other
     assert written["test_accuracy"] == result.test_accuracy
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"test accuracy {result.test_accuracy:.4f}, loss ")
 
 
 @pytest.mark.usefixtures("bundled")
-def test_same_seed_same_result_and_early_stopping_keeps_the_best() -> None:
+def test_same_seed_same_result() -> None:
     options = ["--backend", "torch", "--hidden", "8", "--epochs", "3", "--limit-steps", "5", "--early-stopping", "2"]
     first, second = (mnist.main([*options, "--seed", "3", "--runs-dir", f"runs/{run}"]) for run in "ab")
     assert first.test_loss == second.test_loss

@@ -11,7 +11,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnkern
 from rnnkern import stack
-from rnnkern.masks import Masks, chance
+from rnnkern.backends.numba_cpu.choice import choose
+from rnnkern.masks import Masks, chance, draw_one, factors
 from rnnkern.options import Options
 from tests.option_layers import OPTION_BACKENDS
 from tests.option_modules import (
@@ -190,16 +191,32 @@ def test_masks_of_a_call(kind: str) -> None:
 @pytest.mark.parametrize("p", [0.001, 0.3, 0.5, 0.999])
 def test_every_element_has_the_same_chance_for_itself(p: float) -> None:
     """Also those that come from one draw; any number of them."""
-    found = chance(p, (50000, 4), torch.empty(0), True)
-    assert found is not None
+    wanted = chance(p, (50000, 4))
+    assert wanted is not None
+    found = draw_one(wanted, torch.empty(0))
     deviation = (p * (1 - p) / 50000) ** 0.5
     assert (found.double().mean(0) - p).abs().max() < 5 * deviation
     if p in (0.3, 0.5):
         assert (found.T.double().corrcoef() - torch.eye(4)).abs().max() < 5 / 50000**0.5
     for count in range(9):
-        some = chance(p, (count, 1), torch.empty(0), True)
-        assert some is not None
+        some = draw_one(wanted._replace(shape=(count, 1)), torch.empty(0))
         assert some.shape == (count, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("kind", [chance, factors])
+@pytest.mark.parametrize("shape", [(1, 3, 5), (9, 8, 12), (7,), (0, 4), (3, 0)])
+def test_masks_by_the_backend_are_those_by_torch(kind: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Bit for bit, so that a plan draws what the ordinary way draws."""
+    for p in (2**-16, 0.3, 1 - 2**-16, 1.0):
+        wanted, like = kind(p, shape), torch.empty(0, dtype=dtype)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            expected = draw_one(wanted, like)
+            torch.manual_seed(3)
+            found = draw_one(wanted, like, True, choose)
+        assert expected.shape == shape
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @every_backend

@@ -246,7 +246,7 @@ class Backend(Protocol):
         """The gradients of x, h0, c0, reset_h, reset_c and of all `Weights` of each direction in turn, None where
         nobody asks."""
 
-    def choose(self, words: Tensor, last: int, scale: float | None, like: Tensor) -> Tensor:
+    def choose(self, draws: Tensor, shape: tuple[int, ...], last: int, scale: float | None, like: Tensor) -> Tensor:
         """Masks from random words: rnnkern.masks.choose, whose results are these bit for bit."""
 
     def inference_plan(

@@ -63,14 +63,14 @@ def factors_of_words(words, last, count, into, scale):
         put_number(into, i, zero if is_word_below(words, i, last) else scale)
 
 
-def choose(words: Tensor, last: int, scale: float | None, like: Tensor) -> Tensor:
+def choose(draws: Tensor, shape: tuple[int, ...], last: int, scale: float | None, like: Tensor) -> Tensor:
     """As `rnnkern.masks.choose`; by torch for dtypes of which there are no plans."""
     scalar = _SCALARS.get(like.dtype)
     if scalar is None:
-        return masks.choose(words, last, scale, like)
+        return masks.choose(draws, shape, last, scale, like)
     if scale is None:
-        found, of_words, number = like.new_empty(words.shape, dtype=torch.bool), bools_of_words, scalar(0)
+        found, of_words, number = like.new_empty(shape, dtype=torch.bool), bools_of_words, scalar(0)
     else:
-        found, of_words, number = like.new_empty(words.shape), factors_of_words, scalar(scale)
-    ready(of_words, 4, number)(words.data_ptr(), last, words.numel(), found.data_ptr(), number)
+        found, of_words, number = like.new_empty(shape), factors_of_words, scalar(scale)
+    ready(of_words, 4, number)(draws.data_ptr(), last, found.numel(), found.data_ptr(), number)
     return found
