@@ -73,8 +73,12 @@ def options_in(members: Members) -> list[str]:
 
 def summary(rows: Iterable[Row]) -> str:
     """For each number of threads, cell and mode the table, and what falls short of a goal."""
-    parts = []
-    for (threads, cell, mode), members in by_place(rows).items():
+    places = by_place(rows)
+    parts = [
+        f"mean speedup over the loop, B <= {SMALL_B}, {thread_count(threads)}\n\n{speedup_table(threads, places)}"
+        for threads in dict.fromkeys(threads for threads, _, mode in places if mode != MEMORY)
+    ]
+    for (threads, cell, mode), members in places.items():
         said = f"{cell} {mode}, {thread_count(threads)}"
         if mode == MEMORY:
             lines, falls = memory_table(members), memory_goals(members)
@@ -82,6 +86,18 @@ def summary(rows: Iterable[Row]) -> str:
         else:
             parts += [f"cost / speedup, {said}\n\n{time_table(members)}", "\n".join(time_goals(mode, members))]
     return "\n\n".join(parts)
+
+
+def speedup_table(threads: int, places: Mapping[Place, Members]) -> str:
+    """A line for each option: the mean of each cell and mode, and over them all."""
+    chosen = {f"{at[1]} {at[2]}": members for at, members in places.items() if at[0] == threads and at[2] != MEMORY}
+    body = []
+    for name in OPTIONS:
+        means = [mean_speedup(of_option(name, members)) for members in chosen.values()]
+        there = [value for value in means if not math.isnan(value)]
+        if there:
+            body.append([name, *map(number, means), number(math.exp(sum(map(math.log, there)) / len(there)))])
+    return table(["option", *chosen, "mean"], body)
 
 
 def time_table(members: Members) -> str:
