@@ -23,7 +23,7 @@ from benchmarks.tables import number, table, thread_count
 
 SMALL_B = 16  # up to so many sequences a loop loses most
 LEAST_SPEEDUP = 5.0  # of the loop's time / rnnkern's, in the mean of families with small B
-DEAREST_RESET = 1.10  # in training on RESET_SHAPES
+RESETS, DEAREST_RESET = ("reset", "reset_to"), 1.10  # in training on RESET_SHAPES
 MOST_MEMORY = 0.45  # of a training step's peak with recompute / without
 
 Members = Mapping[tuple[str, str], Row]  # rows of one place by option and shape
@@ -136,7 +136,8 @@ def time_goals(mode: str, members: Members) -> Iterator[str]:
     costs = {name: mean_cost(of_option(name, members)) for name in names}
     dear = {name: number(value) for name, value in costs.items() if value > (goals[name] or math.inf)}
     yield listed(f"mean cost above {DEAREST:.2f} ({others})", dear)
-    resets = {shape.name: members.get(("reset", shape.name)) for shape in RESET_SHAPES}
+    pairs = [(option, shape.name) for option in RESETS for shape in RESET_SHAPES]
+    resets = {f"{shape} {option}": members.get((option, shape)) for option, shape in pairs}
     if mode == "train" and any(resets.values()):
         slow = {
             name: number(cost(row)) for name, row in resets.items() if row and cost(row) / unrest(row) > DEAREST_RESET

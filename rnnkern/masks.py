@@ -6,13 +6,13 @@ which takes a sixth of the time of torch's dropout; so these probabilities are r
 """
 
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
 
+from rnnkern import compat
 from rnnkern.cells import CellSpec, Weights
 from rnnkern.options import Options
 
@@ -37,28 +37,28 @@ class Wanted(NamedTuple):
     scale: float | None  # of factors; None: bools
 
 
-def _wanted(p: float, shape: tuple[int, ...], scale: float | None) -> Wanted | None:
-    level = round(p * LEVELS)
-    return None if level == 0 else Wanted(shape, level - LEVELS // 2 - 1, scale)
-
-
 def chance(p: float, shape: tuple[int, ...]) -> Wanted | None:
     """Bools that are true with probability p; None where that is 0."""
-    return _wanted(p, shape, None)
+    level = round(p * LEVELS)
+    return Wanted(shape, level - LEVELS // 2 - 1, None) if level else None
 
 
 def factors(p: float, shape: tuple[int, ...]) -> Wanted | None:
-    """0 with probability p, else 1/(1-p); None where p is 0."""
-    return _wanted(p, shape, 0.0 if p == 1 else 1 / (1 - p))
+    """0 with probability p, else 1/(1-p), of the rounded p, so that the mean is 1; None where that is 0."""
+    wanted, level = chance(p, shape), round(p * LEVELS)
+    return wanted and wanted._replace(scale=0.0 if level == LEVELS else LEVELS / (LEVELS - level))
 
 
 def choose(draws: Tensor, shape: tuple[int, ...], last: int, scale: float | None, like: Tensor) -> Tensor:
     """Bools of a shape, true for words up to the `last`; with a scale 0 there and the scale elsewhere, in the dtype of
-    `like`. A draw is four words. In the operations of torch, which all of its tools can follow; a backend may have a
-    quicker way."""
-    words = draws.view(torch.int16)
-    if words.shape != shape:
-        words = words[: prod(shape)].view(shape)
+    `like`. A draw is four words, and a row has whole draws. In the operations of torch, which all of its tools can
+    follow; a backend may have a quicker way."""
+    if compat.in_jit_trace():  # which knows no view of another dtype
+        of_a_draw = draws.unsqueeze(-1) >> torch.arange(0, 64, 16, device=draws.device)
+        words = of_a_draw.to(torch.int16).flatten(-2)
+    else:
+        words = draws.view(torch.int16)
+    words = words[..., : shape[-1]]
     return words <= last if scale is None else (words > last).to(like.dtype).mul_(scale)
 
 
@@ -69,8 +69,7 @@ def draw_one(wanted: Wanted, like: Tensor, drawn: bool = True, choose: Choose = 
     """A mask on the device of `like`, factors in its dtype. Not `drawn`, it only looks like one, and no generator is
     touched."""
     shape = wanted.shape
-    # where no draw reaches from one row into the next, words have the shape of the mask: two views less
-    size = (*shape[:-1], shape[-1] // 4) if shape[-1] % 4 == 0 else ((prod(shape) + 3) // 4,)
+    size = (*shape[:-1], (shape[-1] + 3) // 4)
     if drawn:
         draws = torch.randint(-(2**63), 2**63 - 1, size, device=like.device)  # 64 bits, all equally likely
     else:

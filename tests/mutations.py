@@ -8,7 +8,7 @@ from typing import NamedTuple
 NUMBA = "backends/numba_cpu/"
 CELLS, GATES, TILE, BLOCKS = (NUMBA + name for name in ("cells.py", "gates.py", "tile.py", "blocks.py"))
 SWEEP, FORWARD, BACKWARD = (NUMBA + name for name in ("sweep.py", "forward.py", "backward.py"))
-KERNELS, VECTOR = NUMBA + "kernels.py", NUMBA + "vector.py"
+KERNELS, VECTOR, CHOICE = (NUMBA + name for name in ("kernels.py", "vector.py", "choice.py"))
 PLANS, BACKEND, AHEAD = NUMBA + "plans.py", NUMBA + "__init__.py", NUMBA + "ahead.py"
 
 
@@ -28,6 +28,16 @@ def mutations(file: str, check: str, cell: str, changes: dict[str, tuple[str, st
 
 # One of each kind. These change what is compiled, and cost a compilation each.
 COMPILED = [
+    *mutations(
+        CHOICE,
+        "masks_of_words",
+        "",
+        {
+            "options: the last word left out": ('icmp_signed("<="', 'icmp_signed("<"'),
+            "options: a word compared without its sign": ('icmp_signed("<="', 'icmp_unsigned("<="'),
+            "options: rows of words without their gaps": ("(width + 3) // 4 * 4", "width"),
+        },
+    ),
     *mutations(
         CELLS,
         "backward",

@@ -73,14 +73,6 @@ OF_OPTIONS = [
         },
     ),
     *seen_by(
-        MODULES + "test_masks_by_the_backend_are_those_by_torch",
-        "backends/numba_cpu/choice.py",
-        {
-            "options: the last word left out": ('icmp_signed("<="', 'icmp_signed("<"'),
-            "options: a word compared without its sign": ('icmp_signed("<="', 'icmp_unsigned("<="'),
-        },
-    ),
-    *seen_by(
         MODULES + "test_a_probability_of_one_drops_everything",
         "masks.py",
         {

@@ -246,6 +246,21 @@ def _modules_differ(
     return difference(got, want)
 
 
+def masks_of_words(_: str) -> float:
+    """1 if masks of all words there are, or of cut rows, are not those that torch's operations make of them."""
+    from rnnkern import masks
+    from rnnkern.backends.numba_cpu.choice import choose
+
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.int64)
+    apart = every[::541][:30].contiguous()
+    like, same = torch.empty(0, dtype=torch.float64), True
+    for draws, shape in ((every, (2**16,)), (apart.view(5, 6), (5, 23)), (apart.view(30, 1), (30, 1))):
+        for last, scale in ((-(2**15), None), (-9, 1.5), (7, None), (2**15 - 1, 2.0)):
+            expected = masks.choose(draws, shape, last, scale, like)
+            same = same and torch.equal(choose(draws, shape, last, scale, like), expected)
+    return float(not same)
+
+
 def fails(test: str) -> float:
     """1 if a test of the suite fails."""
     import pytest
@@ -268,6 +283,7 @@ CHECKS: dict[str, Callable[[str], float]] = {
         shares,
         repeated,
         layers,
+        masks_of_words,
         fails,
     )
 }

@@ -255,6 +255,36 @@ def test_jit_trace_and_make_fx(name: str, backend: str) -> None:
     assert_same(make_fx(lambda v: module(v)[0])(x)(other), module(other)[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@every_backend
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_jit_trace_in_training(name: str, backend: str) -> None:
+    """Masks are drawn anew by what was recorded, the same for a seed."""
+    module, _ = sample(name, backend)
+    x, other = random(T, B, I), random(T, B, I)
+    traced = torch.jit.trace(module.train(), (x,), check_trace=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        found = traced(other)
+        torch.manual_seed(5)
+        assert_same(found, module(other))
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_export_in_training_with_any_batch(name: str) -> None:
+    module, _ = sample(name, "numba")
+    batch = torch.export.Dim("batch", min=2, max=50)
+    program = torch.export.export(module.train(), (random(T, B, I),), dynamic_shapes=({1: batch},)).module()
+    for count in (3, 4, 7):
+        x = random(T, count, I)
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            found = program(x)
+            torch.manual_seed(5)
+            assert_same(found, module(x))
+
+
 @every_backend
 @every_case
 def test_third_derivative(name: str, backend: str) -> None:

@@ -8,7 +8,7 @@ from numba.core.extending import intrinsic
 from torch import Tensor
 
 from rnnkern import masks
-from rnnkern.backends.numba_cpu.jit import kernel, ready
+from rnnkern.backends.numba_cpu.jit import inlined, kernel, ready
 from rnnkern.backends.numba_cpu.vector import ir_scalar
 
 _SCALARS = {torch.float32: np.float32, torch.float64: np.float64}
@@ -50,17 +50,26 @@ def put_number(typingctx, into, i, value):
     return types.void(types.intp, types.intp, value), codegen
 
 
-@kernel
-def bools_of_words(words, last, count, into, zero):
-    for i in range(count):
-        put_bool(into, i, is_word_below(words, i, last))
+@inlined
+def words_of_row(width):
+    """A row has whole draws of four words."""
+    return (width + 3) // 4 * 4
 
 
 @kernel
-def factors_of_words(words, last, count, into, scale):
-    zero = scale - scale
-    for i in range(count):
-        put_number(into, i, zero if is_word_below(words, i, last) else scale)
+def bools_of_words(words, last, rows, width, into, zero):
+    of_row = words_of_row(width)
+    for row in range(rows):
+        for i in range(width):
+            put_bool(into, row * width + i, is_word_below(words, row * of_row + i, last))
+
+
+@kernel
+def factors_of_words(words, last, rows, width, into, scale):
+    zero, of_row = scale - scale, words_of_row(width)
+    for row in range(rows):
+        for i in range(width):
+            put_number(into, row * width + i, zero if is_word_below(words, row * of_row + i, last) else scale)
 
 
 def choose(draws: Tensor, shape: tuple[int, ...], last: int, scale: float | None, like: Tensor) -> Tensor:
@@ -72,5 +81,7 @@ def choose(draws: Tensor, shape: tuple[int, ...], last: int, scale: float | None
         found, of_words, number = like.new_empty(shape, dtype=torch.bool), bools_of_words, scalar(0)
     else:
         found, of_words, number = like.new_empty(shape), factors_of_words, scalar(scale)
-    ready(of_words, 4, number)(draws.data_ptr(), last, found.numel(), found.data_ptr(), number)
+    numbers, width = found.numel(), shape[-1]
+    rows, width = (1, numbers) if width % 4 == 0 else (numbers // width, width)
+    ready(of_words, 5, number)(draws.data_ptr(), last, rows, width, found.data_ptr(), number)
     return found
