@@ -44,9 +44,9 @@ def chance(p: float, shape: tuple[int, ...]) -> Wanted | None:
 
 
 def factors(p: float, shape: tuple[int, ...]) -> Wanted | None:
-    """0 with probability p, else 1/(1-p), of the rounded p, so that the mean is 1; None where that is 0."""
-    wanted, level = chance(p, shape), round(p * LEVELS)
-    return wanted and wanted._replace(scale=0.0 if level == LEVELS else LEVELS / (LEVELS - level))
+    """0 with probability p, else 1/(1-p), of p as it was given; None where the rounded p is 0."""
+    wanted = chance(p, shape)
+    return wanted and wanted._replace(scale=0.0 if p == 1 else 1 / (1 - p))
 
 
 def choose(draws: Tensor, shape: tuple[int, ...], last: int, scale: float | None, like: Tensor) -> Tensor:
