@@ -91,4 +91,5 @@ def test_lightning_trains_in_two_processes_as_in_one(tmp_path: Path) -> None:
     for alone, together in zip(one["history"], two["history"], strict=True):
         assert alone["train_loss"] == pytest.approx(together["train_loss"], rel=1e-4)
     assert one["test_loss"] == pytest.approx(two["test_loss"], rel=1e-4)
-    assert sum(map(sum, one["confusion"])) == sum(map(sum, two["confusion"])) == 360
+    tested = [sum(map(sum, result["confusion"])) for result in (one, two)]
+    assert tested in ([360, 360], [10_000, 10_000])  # all of the digits', or of MNIST's
