@@ -168,7 +168,8 @@ class PlannedLayer(torch.autograd.Function):
         ctx.plan, ctx.count = plan, len(tensors)
         ctx.set_materialize_grads(False)
         kept = (*tensors, *saved)
-        ctx.form = looks(kept)
+        if plan.looks is None:
+            plan.looks = looks(kept)  # as those of all calls with this plan
         ctx.save_for_backward(*kept)
         return outputs
 
@@ -179,7 +180,7 @@ class PlannedLayer(torch.autograd.Function):
         tensors, saved = kept[: ctx.count], kept[ctx.count :]
         refuse_batched(grads)
         watched = torch.is_grad_enabled() or not compat.in_plain_eager()
-        changed = ctx.form != looks(kept)  # by hooks on saved tensors
+        changed = plan.looks != looks(kept)  # by hooks on saved tensors
         if watched or changed or not compat.PLAIN_OR_NONE.issuperset(map(type, (*kept, *grads))):
             return (None, *_again(plan, plan.split(tensors), saved, grads, needs))
         return (None, *plan.backward(tensors, saved, grads, needs))

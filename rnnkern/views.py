@@ -21,7 +21,7 @@ def reset_rows(reset: Tensor, batch_first: bool, unbatched: bool) -> Tensor:
 def reset_states(reset_to: States, batch: int, unbatched: bool) -> States:
     """`reset_to` (L, 1, n), (L, B, n) or (T, L, B, n), unbatched without B, as (L, B, n) or (T, L, B, n)."""
     states = tuple(s.unsqueeze(-2) for s in reset_to) if unbatched else reset_to
-    return tuple(s.expand(-1, batch, -1) if s.dim() == 3 else s for s in states)
+    return tuple(s.expand(-1, batch, -1) if s.dim() == 3 and s.shape[1] != batch else s for s in states)
 
 
 def reset_states_of(reset_to: States | None, layer: int) -> tuple[Tensor | None, Tensor | None]:

@@ -31,13 +31,13 @@ def _dot_units(w, w_row, units, a, depth, target, zero):  # type: ignore[no-unty
 
 
 @numba.njit
-def _pack_units(weight, gates, units, depth, per_panel, zero):  # type: ignore[no-untyped-def]
-    blocks.pack_units(weight, gates, units, depth, per_panel, zero)
+def _pack_units(weight, gates, units, depth, per_panel, part, parts, zero):  # type: ignore[no-untyped-def]
+    blocks.pack_units(weight, gates, units, depth, per_panel, part, parts, zero)
 
 
 @numba.njit
-def _pack_depth(weight, depth, units, per_panel, zero):  # type: ignore[no-untyped-def]
-    blocks.pack_depth(weight, depth, units, per_panel, zero)
+def _pack_depth(weight, depth, units, per_panel, part, parts, zero):  # type: ignore[no-untyped-def]
+    blocks.pack_depth(weight, depth, units, per_panel, part, parts, zero)
 
 
 def lanes_of(dtype: Any) -> int:
@@ -139,8 +139,9 @@ def packed_units(weight: Array, per_panel: int) -> Array:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("per_panel", range(1, MAX_VECTORS + 1))
-def test_pack_units(per_panel: int, dtype: Any) -> None:
+def test_pack_units(per_panel: int, parts: int, dtype: Any) -> None:
     lanes = lanes_of(dtype)
     for units in (*edges(lanes), 5 * lanes + 3):
         for gates, depth in ((1, 1), (4, 3), (3, lanes), (1, 2 * lanes + 1)):
@@ -149,15 +150,17 @@ def test_pack_units(per_panel: int, dtype: Any) -> None:
             for weight in matrices(values):
                 around = np.full(want.size + 16, GUARD, dtype)
                 matrix = Matrix(weight.ctypes.data, weight.strides[0], around[8:].ctypes.data)
-                _pack_units(matrix, gates, units, depth, per_panel, dtype(0))
+                for part in range(parts):
+                    _pack_units(matrix, gates, units, depth, per_panel, part, parts, dtype(0))
                 np.testing.assert_array_equal(around[8:-8], want)
                 assert (around[:8] == GUARD).all()
                 assert (around[-8:] == GUARD).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("per_panel", range(1, MAX_VECTORS + 1))
-def test_pack_depth(per_panel: int, dtype: Any) -> None:
+def test_pack_depth(per_panel: int, parts: int, dtype: Any) -> None:
     """(depth, units) as panels (depth, vectors, lanes): the packing of the transposed weight."""
     lanes = lanes_of(dtype)
     for units in (*edges(lanes), 5 * lanes + 3):
@@ -167,7 +170,8 @@ def test_pack_depth(per_panel: int, dtype: Any) -> None:
             for weight in matrices(values):
                 around = np.full(want.size + 16, GUARD, dtype)
                 matrix = Matrix(weight.ctypes.data, weight.strides[0], around[8:].ctypes.data)
-                _pack_depth(matrix, depth, units, per_panel, dtype(0))
+                for part in range(parts):
+                    _pack_depth(matrix, depth, units, per_panel, part, parts, dtype(0))
                 np.testing.assert_array_equal(around[8:-8], want)
                 assert (around[:8] == GUARD).all()
                 assert (around[-8:] == GUARD).all()

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numba
+import numpy as np
 import pytest
 import torch
 
 import rnnkern
 from rnnkern import reference
 from rnnkern.backends import numba_cpu
-from rnnkern.backends.numba_cpu import pool
+from rnnkern.backends.numba_cpu import jit, team
+from rnnkern.backends.numba_cpu.choice import put_number
 from rnnkern.backends.numba_cpu.vector import FLUSH_BITS, ON_X86, flush_denormals, restore_mode
 from rnnkern.cells import TORCH_CELLS
 from tests.numba_support import LIMIT, difference, layer_forms, oracle, random_layer, sweeps
@@ -28,6 +29,12 @@ def mode():  # type: ignore[no-untyped-def]
     before = flush_denormals()
     restore_mode(before)
     return before
+
+
+@jit.kernel
+def keep_mode(modes, share, c, d, zero):  # type: ignore[no-untyped-def]
+    """As a share of a call: its thread's mode goes to the share's place among float64 (shares)."""
+    put_number(modes, share, zero + mode())
 
 
 @numba.njit
@@ -73,20 +80,24 @@ def test_a_sweep_restores_the_callers_mode(cell: str, flushing: bool) -> None:
     assert (half == 0) == flushing
 
 
+def modes_of_the_team() -> set[float]:
+    modes = torch.full((300,), -1.0, dtype=torch.float64)
+    team.run(keep_mode, [(modes.data_ptr(), share, 0, 0) for share in range(300)], np.float64(0), modes)
+    return set(modes.tolist())
+
+
 def test_so_do_sweeps_on_other_threads(flushing: bool, threads: Callable[[int], None], always_split: list[int]) -> None:
-    """Threads of the pool too are as they were."""
+    """Those of the team and those of any other."""
     threads(3)
     layer = random_layer("gru", batch=9)
-    modes: list[Any] = []
     with ThreadPoolExecutor(1) as executor:
         before = executor.submit(mode).result()
         executor.submit(sweeps, layer).result()
         assert executor.submit(mode).result() == before
-    pool.run([lambda: modes.append(mode()) for _ in range(3)])
+    before = modes_of_the_team()
     assert always_split[0] > 1
     sweeps(layer)
-    pool.run([lambda: modes.append(mode()) for _ in range(3)])
-    assert sorted(modes[:3]) == sorted(modes[3:])
+    assert modes_of_the_team() == before
 
 
 @pytest.mark.parametrize("dtype", SMALLEST)

@@ -1,6 +1,8 @@
 """The Numba backend on several threads and in forked processes: results, and the same bits from run to run."""
 
 import multiprocessing
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 
 import rnnkern
 from rnnkern.backends import Layer
-from rnnkern.backends.numba_cpu import jit, plans, pool
+from rnnkern.backends.numba_cpu import jit, plans, pool, team
 from rnnkern.cells import TORCH_CELLS
 from tests.numba_support import (
     FORKS,
     LIMIT,
     ODD,
+    Parts,
     bitwise_equal,
     but_weights,
     difference,
@@ -67,6 +70,39 @@ def test_shares_of_one_direction_have_about_as_many_steps(
     (share, other) = plans.Cut(layer).shares
     steps = [sum(lengths[s.first : s.last]) for s in (share, other)]
     assert abs(steps[0] - steps[1]) <= 20
+
+
+def test_threads_of_our_own_where_torchs_cannot_be_had(
+    threads: Callable[[int], None], always_split: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads(3)
+    layers = [layer for cell in TORCH_CELLS for layer in layer_forms(cell)]
+    by_the_team = [sweeps(layer) for layer in layers]
+    monkeypatch.setattr(team, "_enter", None)
+    assert all(bitwise_equal(sweeps(layer), want) for layer, want in zip(layers, by_the_team, strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there torch's runtime is known to have the entry")
+def test_the_team_is_torchs() -> None:
+    """A region that torch's operations and sweeps share, not a thread more."""
+    script = """
+import os, torch, rnnkern
+from rnnkern.backends.numba_cpu import plans, team
+count = lambda: len(os.listdir("/proc/self/task"))
+torch.set_num_threads(3)
+plans.WORTH_A_THREAD = 1
+torch.ones(1 << 20).add_(1)  # torch has its team
+layer, x = rnnkern.LSTM(4, 8), torch.randn(2, 32, 4)
+with torch.no_grad():
+    layer(x[:, :1])  # compiled, or loaded
+    before = count()
+    layer(x)
+    assert count() == before, (before, count())
+    team._enter = None
+    layer(x)
+    assert count() == before + 2, (before, count())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
 
 
 # Concurrent calls
@@ -147,7 +183,7 @@ def test_an_error_in_a_task_is_raised_after_all_have_ended() -> None:
 
 
 def _in_child(layers: list[Layer], answers: Any) -> None:
-    torch.set_num_threads(1)  # as DataLoader's workers do: torch's own OpenMP pool does not survive a fork
+    torch.set_num_threads(1)  # as DataLoader's workers do: torch's own operations do not survive a fork on several
     answers.put([difference(sweeps(layer), oracle(layer)) for layer in layers])
 
 
@@ -165,6 +201,26 @@ def test_a_forked_child_and_its_parent_afterwards(threads: Callable[[int], None]
     assert child.exitcode == 0
     assert max(errors) < LIMIT[torch.float64]
     assert all(bitwise_equal(sweeps(layer), want) for layer, want in zip(layers, before, strict=True))
+
+
+def _on_threads_of_its_own(layer: Layer, want: Parts, answers: Any) -> None:
+    torch.set_num_threads(2)
+    answers.put(bitwise_equal(sweeps(layer), want))
+
+
+@FORKS
+def test_a_forked_child_may_have_several_threads(threads: Callable[[int], None], always_split: list[int]) -> None:
+    """Threads of its own: it would wait for ever for those of the team."""
+    threads(2)
+    layer = random_layer("lstm", **ODD)
+    want = sweeps(layer)
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=_on_threads_of_its_own, args=(layer, want, answers))
+    child.start()
+    assert answers.get(timeout=60)
+    child.join(60)
+    assert child.exitcode == 0
 
 
 def _compile_in_child(layer: Layer, answers: Any) -> None:

@@ -208,6 +208,7 @@ class LayerPlan(_Ahead):
         )
         self.saved = Saved(_meta(results.y), _meta(gates), _meta(cells))
         self.backwards: dict[Any, tuple[Plan, Workspaces]] = {}
+        self.looks: list[object] | None = None
         del self.sweeps
 
     def _sizes(self, x: Tensor, layer: Layer, graded: bool) -> None:

@@ -43,15 +43,15 @@ from rnnkern.backends.numba_cpu.vector import (
 
 
 @woven
-def pack_backward(a, gates, zero):
+def pack_backward(a, gates, part, parts, zero):
     """Packs the weights that have panels."""
     recurrent = gates * a.sizes.hidden
     if a.w_ih.panels != 0:
-        pack_depth(a.w_ih, recurrent, a.sizes.inputs, MAX_VECTORS, zero)
+        pack_depth(a.w_ih, recurrent, a.sizes.inputs, MAX_VECTORS, part, parts, zero)
     if a.w_hh.panels != 0:
-        pack_depth(a.w_hh, recurrent, a.sizes.outputs, MAX_VECTORS, zero)
+        pack_depth(a.w_hh, recurrent, a.sizes.outputs, MAX_VECTORS, part, parts, zero)
     if a.w_hr.panels != 0:
-        pack_depth(a.w_hr, a.sizes.outputs, a.sizes.hidden, MAX_VECTORS, zero)
+        pack_depth(a.w_hr, a.sizes.outputs, a.sizes.hidden, MAX_VECTORS, part, parts, zero)
 
 
 @woven

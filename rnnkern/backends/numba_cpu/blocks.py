@@ -155,13 +155,14 @@ def transpose_block(source, source_row, units, depth, target, target_row, zero):
 
 
 @woven
-def pack_units(weight, gates, units, depth, per_panel, zero):
-    """Panels of units: the weight (gates*units, depth) for a product with rows of `depth` numbers."""
+def pack_units(weight, gates, units, depth, per_panel, part, parts, zero):
+    """Panels of units: the weight (gates*units, depth) for a product with rows of `depth` numbers. A part of several
+    is every so many panels."""
     lanes, item = vector_lanes(zero), item_bytes(zero)
     vectors = (units + lanes - 1) // lanes
-    panel = weight.panels
-    for v in range(0, vectors, per_panel):
+    for v in range(part * per_panel, vectors, parts * per_panel):
         width = min(per_panel, vectors - v)
+        panel = weight.panels + v * gates * depth * VECTOR_BYTES
         panel_row = gates * width * VECTOR_BYTES
         for k in range(0, depth, lanes):
             for column in range(gates * width):
@@ -169,17 +170,17 @@ def pack_units(weight, gates, units, depth, per_panel, zero):
                 source = weight.base + (column // width * units + unit) * weight.row + k * item
                 target = panel + k * panel_row + column * VECTOR_BYTES
                 transpose_block(source, weight.row, units - unit, min(lanes, depth - k), target, panel_row, zero)
-        panel += depth * panel_row
 
 
 @woven
-def pack_depth(weight, depth, units, per_panel, zero):
-    """Panels of what the weight (depth, units) takes in: for a product with rows of gradients of what it gives."""
+def pack_depth(weight, depth, units, per_panel, part, parts, zero):
+    """Panels of what the weight (depth, units) takes in: for a product with rows of gradients of what it gives. Parts
+    as those of `pack_units`."""
     lanes, item = vector_lanes(zero), item_bytes(zero)
     vectors = (units + lanes - 1) // lanes
-    panel = weight.panels
-    for v in range(0, vectors, per_panel):
+    for v in range(part * per_panel, vectors, parts * per_panel):
         width = min(per_panel, vectors - v)
+        panel = weight.panels + v * depth * VECTOR_BYTES
         for k in range(depth):
             for column in range(width):
                 unit = (v + column) * lanes

@@ -46,14 +46,14 @@ def units_per_panel(gates):
 
 
 @woven
-def pack_forward(a, gates, zero):
+def pack_forward(a, gates, part, parts, zero):
     """Packs the weights that have panels."""
     if a.w_ih.panels != 0:
-        pack_units(a.w_ih, gates, a.sizes.hidden, a.sizes.inputs, units_per_panel(gates), zero)
+        pack_units(a.w_ih, gates, a.sizes.hidden, a.sizes.inputs, units_per_panel(gates), part, parts, zero)
     if a.w_hh.panels != 0:
-        pack_units(a.w_hh, gates, a.sizes.hidden, a.sizes.outputs, units_per_panel(gates), zero)
+        pack_units(a.w_hh, gates, a.sizes.hidden, a.sizes.outputs, units_per_panel(gates), part, parts, zero)
     if a.w_hr.panels != 0:
-        pack_units(a.w_hr, 1, a.sizes.outputs, a.sizes.hidden, MAX_VECTORS, zero)
+        pack_units(a.w_hr, 1, a.sizes.outputs, a.sizes.hidden, MAX_VECTORS, part, parts, zero)
 
 
 @woven

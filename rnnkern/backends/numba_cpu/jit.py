@@ -74,8 +74,9 @@ shared: Callable[..., Any] = numba.njit(**_INNER)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Decorates an entry point from Python: compiled at its first call, without the GIL, kept in the cache folder."""
-    dispatcher = numba.njit(**_OPTIONS, no_cfunc_wrapper=True)(function)
+    """Decorates an entry point from Python and from C: compiled at its first call, without the GIL, kept in the cache
+    folder."""
+    dispatcher = numba.njit(**_OPTIONS)(function)
     if CACHE_FOLDER is not None:
         before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(CACHE_FOLDER)
         try:
@@ -88,6 +89,7 @@ def kernel(function: Callable[..., Any]) -> Any:
 _log = logging.getLogger("rnnkern")
 SLOW_COMPILE_SECONDS = 2.0
 _compiled: set[tuple[Any, type]] = set()
+_addresses: dict[tuple[Any, type], int] = {}
 _compile_lock = threading.Lock()
 if hasattr(os, "register_at_fork"):  # a fork waits for a compilation under way: its child would inherit the lock held
     os.register_at_fork(
@@ -95,21 +97,36 @@ if hasattr(os, "register_at_fork"):  # a fork waits for a compilation under way:
     )
 
 
-def ready(dispatcher: Any, integers: int, zero: Any) -> Callable[..., None]:
+def _signature(integers: int, zero: Any) -> tuple[Any, ...]:
+    return (*[numba.typeof(0)] * integers, *([] if zero is None else [numba.typeof(zero)]))
+
+
+def ready(dispatcher: Any, integers: int, zero: Any = None) -> Any:
     """The kernel, compiled for so many integers and a zero of the wanted dtype, or loaded from the cache; a long
     compilation is told."""
     key = (dispatcher, type(zero))
     if key not in _compiled:
         with _compile_lock:
             start = time.perf_counter()
-            _compile(dispatcher, (*[numba.typeof(0)] * integers, numba.typeof(zero)))
+            _compile(dispatcher, _signature(integers, zero))
             seconds = time.perf_counter() - start
         if seconds > SLOW_COMPILE_SECONDS:
             kept = f"kept in {CACHE_FOLDER}" if CACHE_FOLDER else "not kept: no cache folder is writable"
             name = dispatcher.py_func.__name__
             _log.warning("rnnkern: compiled %s for %s in %.1f s, once; %s", name, key[1].__name__, seconds, kept)
         _compiled.add(key)
-    return dispatcher  # type: ignore[no-any-return]
+    return dispatcher
+
+
+def address(dispatcher: Any, integers: int, zero: Any = None) -> int:
+    """Where the same kernel begins, as C calls it."""
+    key = (dispatcher, type(zero))
+    found = _addresses.get(key)
+    if found is None:
+        compiled = ready(dispatcher, integers, zero).overloads[_signature(integers, zero)]
+        name = compiled.fndesc.llvm_cfunc_wrapper_name
+        found = _addresses[key] = compiled.library.get_pointer_to_function(name)
+    return found
 
 
 def _compile(dispatcher: Any, signature: tuple[Any, ...]) -> None:

@@ -22,13 +22,13 @@ from rnnkern.backends.numba_cpu.vector import (
 
 
 @kernel
-def pack_for_forward(address, gates, zero):
-    pack_forward(read_operands(address, Forward), gates, zero)
+def pack_for_forward(address, gates, part, parts, zero):
+    pack_forward(read_operands(address, Forward), gates, part, parts, zero)
 
 
 @kernel
-def pack_for_backward(address, gates, zero):
-    pack_backward(read_operands(address, Backward), gates, zero)
+def pack_for_backward(address, gates, part, parts, zero):
+    pack_backward(read_operands(address, Backward), gates, part, parts, zero)
 
 
 @kernel

@@ -63,20 +63,20 @@ def shared_product(rows, a, a_row, weight, depth, units, c, c_row, zero):
 
 
 @woven
-def pack_optional_backward(a, gates, zero):
+def pack_optional_backward(a, gates, part, parts, zero):
     """Packs the weights that have panels."""
     hidden, outputs = a.sizes.hidden, a.sizes.outputs
     first = (gates - 1 if a.last.base != 0 else gates) * hidden
     if a.w_ih.panels != 0:
-        pack_depth(a.w_ih, gates * hidden, a.sizes.inputs, MAX_VECTORS, zero)
+        pack_depth(a.w_ih, gates * hidden, a.sizes.inputs, MAX_VECTORS, part, parts, zero)
     if a.w_hh.panels != 0:
-        pack_depth(a.w_hh, first, outputs, MAX_VECTORS, zero)
+        pack_depth(a.w_hh, first, outputs, MAX_VECTORS, part, parts, zero)
     if a.last.panels != 0:
-        pack_depth(a.last, hidden, outputs, MAX_VECTORS, zero)
+        pack_depth(a.last, hidden, outputs, MAX_VECTORS, part, parts, zero)
     if a.w_hr.panels != 0:
-        pack_depth(a.w_hr, outputs, hidden, MAX_VECTORS, zero)
+        pack_depth(a.w_hr, outputs, hidden, MAX_VECTORS, part, parts, zero)
     if a.recompute != 0:
-        pack_recurrence(a.step, a.sizes, gates, zero)
+        pack_recurrence(a.step, a.sizes, gates, part, parts, zero)
 
 
 @shared

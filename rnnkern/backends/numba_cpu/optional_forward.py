@@ -41,11 +41,11 @@ from rnnkern.backends.numba_cpu.vector import item_bytes, load, load_part, store
 
 
 @woven
-def pack_optional_forward(a, gates, zero):
+def pack_optional_forward(a, gates, part, parts, zero):
     """Packs the weights that have panels."""
-    pack_recurrence(a.step, a.sizes, gates, zero)
+    pack_recurrence(a.step, a.sizes, gates, part, parts, zero)
     if a.w_hr.panels != 0:
-        pack_units(a.w_hr, 1, a.sizes.outputs, a.sizes.hidden, MAX_VECTORS, zero)
+        pack_units(a.w_hr, 1, a.sizes.outputs, a.sizes.hidden, MAX_VECTORS, part, parts, zero)
 
 
 @inlined

@@ -10,13 +10,13 @@ from rnnkern.backends.numba_cpu.vector import flush_denormals, restore_mode
 
 
 @kernel
-def pack_for_optional_forward(address, gates, zero):
-    pack_optional_forward(read_operands(address, OptionalForward), gates, zero)
+def pack_for_optional_forward(address, gates, part, parts, zero):
+    pack_optional_forward(read_operands(address, OptionalForward), gates, part, parts, zero)
 
 
 @kernel
-def pack_for_optional_backward(address, gates, zero):
-    pack_optional_backward(read_operands(address, OptionalBackward), gates, zero)
+def pack_for_optional_backward(address, gates, part, parts, zero):
+    pack_optional_backward(read_operands(address, OptionalBackward), gates, part, parts, zero)
 
 
 @kernel

@@ -7,7 +7,6 @@ the addresses into them, which takes a few microseconds, where laying out a call
 
 from array import array
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rnnkern.backends import Layer, Saved, States
-from rnnkern.backends.numba_cpu import pool
+from rnnkern.backends.numba_cpu import team
 from rnnkern.backends.numba_cpu.jit import ready
 from rnnkern.backends.numba_cpu.operands import (
     Backward,
@@ -38,10 +37,11 @@ WEIGHTS = (
     "ln_ih_weight", "ln_ih_bias", "ln_hh_weight", "ln_hh_bias", "ln_c_weight", "ln_c_bias",
 )  # fmt: skip
 
-# A share under this many multiply-adds, some 90 us of work, is not worth waking another thread and waiting for it.
-WORTH_A_THREAD = 5_000_000
-# Nor is one of a sequence or two: it would read all the weights for little.
-LEAST_SEQUENCES = 3
+# A share under this many multiply-adds, some 20 us of work, is not worth another thread: a team that has just been at
+# work starts within a few, one that sleeps takes some 50.
+WORTH_A_THREAD = 1_000_000
+# Nor is one of a single sequence: it would read all the weights for little.
+LEAST_SEQUENCES = 2
 # Sequences carried through time together: their states and the products of a step stay in the second cache.
 MOST_SEQUENCES = 64
 # Rows of a chunk: enough for full tiles, few enough for the second cache.
@@ -217,28 +217,23 @@ class Plan(Cut):
             places.append(filled.buffer_info()[0])
         zero = self.zero
         if not self.compiled:
-            ready(pack, 2, zero)
+            ready(pack, 4, zero)
             ready(kernel, 4, zero)
             self.compiled = True
+        alive = (operands, alive)
         if self.packs:
-            _run(pack, [(place, self.gates, zero) for place in places], operands, alive)
-        _run(kernel, [(places[d], first, last, place, zero) for d, first, last, place in self.shares], operands, alive)
+            parts = range(self.parts)
+            _run(pack, [(place, self.gates, part, self.parts) for place in places for part in parts], zero, alive)
+        _run(kernel, [(places[d], first, last, place) for d, first, last, place in self.shares], zero, alive)
 
 
-def _run(kernel: Any, calls: list[tuple[Any, ...]], *alive: object) -> None:
-    """Runs the kernel once for each tuple of arguments, on as many threads. A task holds all that is `alive`, even if
-    the caller is interrupted while it runs."""
-    if len(calls) == 1:
-        kernel(*calls[0])
-    elif torch.get_num_threads() == 1:
-        for arguments in calls:
-            kernel(*arguments)
+def _run(kernel: Any, shares: list[team.Share], zero: Any, alive: object) -> None:
+    """Runs the kernel once for each share, on as many threads as torch has."""
+    if len(shares) == 1 or torch.get_num_threads() == 1:
+        for share in shares:
+            kernel(*share, zero)
     else:
-        pool.run([partial(_task, kernel, arguments, alive) for arguments in calls])
-
-
-def _task(kernel: Any, arguments: tuple[Any, ...], alive: tuple[object, ...]) -> None:
-    kernel(*arguments)
+        team.run(kernel, shares, zero, alive)
 
 
 class ForwardPlan(Plan):

@@ -1,8 +1,5 @@
-"""The threads that run sweeps: as wide as torch's own setting, made anew after a fork and when that setting grows.
-
-Each task is a whole sweep over its share of the batch, so threads meet once, at the end. Numba's own parallel layers
-are not used: its workqueue aborts the process on concurrent calls, and its OpenMP layer kills forked children.
-"""
+"""Threads of our own, for sweeps where torch's cannot be had (team.py): as many as there are shares, made anew after a
+fork and when more are wanted."""
 
 import os
 import threading

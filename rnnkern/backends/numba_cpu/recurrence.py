@@ -42,15 +42,15 @@ class Row(NamedTuple):
 
 
 @woven
-def pack_recurrence(step, sizes, gates, zero):
+def pack_recurrence(step, sizes, gates, part, parts, zero):
     """Packs the weights of the forward products that have panels."""
     first = gates - 1 if step.last.base != 0 else gates
     if step.w_ih.panels != 0:
-        pack_units(step.w_ih, gates, sizes.hidden, sizes.inputs, units_per_panel(gates), zero)
+        pack_units(step.w_ih, gates, sizes.hidden, sizes.inputs, units_per_panel(gates), part, parts, zero)
     if step.w_hh.panels != 0:
-        pack_units(step.w_hh, first, sizes.hidden, sizes.outputs, units_per_panel(first), zero)
+        pack_units(step.w_hh, first, sizes.hidden, sizes.outputs, units_per_panel(first), part, parts, zero)
     if step.last.panels != 0:
-        pack_units(step.last, 1, sizes.hidden, sizes.outputs, units_per_panel(1), zero)
+        pack_units(step.last, 1, sizes.hidden, sizes.outputs, units_per_panel(1), part, parts, zero)
 
 
 @shared

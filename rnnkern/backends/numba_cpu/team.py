@@ -1,0 +1,127 @@
+"""The threads that run sweeps: torch's own.
+
+torch runs its parallel operations on a team of OpenMP threads. After each they spin for some milliseconds, ready for
+the next one. Threads of our own would get half of a core each wherever a sweep follows such an operation: behind a
+linear layer, in backward, after a large tensor of zeros. So a call that is cut into shares enters a parallel region of
+that same team, as compiled OpenMP code does, through GOMP_parallel of GNU's runtime or LLVM's; each of its threads
+takes the next share until none is left, and all meet once, at the end. A team that still spins starts within a few
+microseconds.
+
+Where there is no such entry (other runtimes), and in a forked child, which no OpenMP team survives, threads of our own
+do the work (pool.py). Numba's parallel layers are not used: its workqueue aborts the process on concurrent calls, and
+its OpenMP layer kills forked children.
+
+The work of a call, as `take_shares` reads it, is an array of integers:
+
+    the number of the next share, which each thread counts up as it takes one
+    the number of shares
+    the address of the compiled kernel
+    1 if it takes a float64, 0 if a float32
+    and for each share its four arguments
+"""
+
+import ctypes
+import os
+from array import array
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.core import types
+from numba.core.extending import intrinsic
+
+from rnnkern.backends.numba_cpu import pool
+from rnnkern.backends.numba_cpu.jit import address, kernel
+
+Share = tuple[int, int, int, int]
+_HEAD = 4  # integers in front of the first share
+
+
+@intrinsic
+def next_share(typingctx, work):
+    """Counts up the first integer of the work, for all threads, and returns what it was."""
+
+    def codegen(context, builder, sig, args):
+        counter = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def integer(typingctx, work, i):
+    """The i-th integer of the work."""
+
+    def codegen(context, builder, sig, args):
+        integers = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.load(builder.gep(integers, [args[1]]))
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def call(typingctx, function, a, b, c, d, zero):
+    """Calls a kernel by its address."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(ir.IntType(8).as_pointer(), [argument.type for argument in args[1:]])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5, zero), codegen
+
+
+@kernel
+def take_shares(work):
+    while True:
+        share = next_share(work)
+        if share >= integer(work, 1):
+            return
+        at = _HEAD + 4 * share
+        a, b, c, d = integer(work, at), integer(work, at + 1), integer(work, at + 2), integer(work, at + 3)
+        if integer(work, 3) == 1:
+            call(integer(work, 2), a, b, c, d, numba.float64(0))
+        else:
+            call(integer(work, 2), a, b, c, d, numba.float32(0))
+
+
+def _entry() -> Callable[..., None] | None:
+    """GOMP_parallel(function, its argument, threads, flags) of the runtime that torch has loaded."""
+    enter = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if os.name == "posix" else None
+    if enter is not None:
+        enter.argtypes, enter.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return enter
+
+
+_enter = _entry()
+
+
+def _leave() -> None:
+    """A forked child has none of the team's threads, and would wait for them."""
+    global _enter
+    _enter = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave)
+
+
+def run(kernel: Any, shares: Sequence[Share], zero: Any, alive: object) -> None:
+    """Runs the kernel once for each share, on as many threads as torch has. `alive` holds the memory that they use,
+    even if the caller is interrupted while they run."""
+    if _enter is None:
+        pool.run([partial(_task, kernel, share, zero, alive) for share in shares])
+        return
+    work = array("q", (0, len(shares), address(kernel, 4, zero), isinstance(zero, np.float64)))
+    for share in shares:
+        work.extend(share)
+    # always all threads, as torch does: some runtimes end those that are too many for a region
+    _enter(address(take_shares, 1), work.buffer_info()[0], torch.get_num_threads(), 0)
+
+
+def _task(kernel: Any, share: Share, zero: Any, alive: object) -> None:
+    kernel(*share, zero)
