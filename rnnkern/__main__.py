@@ -34,8 +34,8 @@ def _variants(kind: str, options: bool) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def warm(cells: list[str], dtypes: list[torch.dtype], options: bool) -> None:
-    """Compiles forward and backward of each cell and dtype into the kernel cache, by running them: the third call goes
-    by a plan, which has kernels of its own for masks."""
+    """Compiles forward and backward of each cell and dtype into the kernel cache, by running them. The third call goes
+    by a plan, which has kernels of its own for masks; it is large enough for several threads, which have theirs."""
     from rnnkern.backends.numba_cpu.jit import CACHE_FOLDER
 
     modules = {"LSTM": rnnkern.LSTM, "GRU": rnnkern.GRU, "RNN": rnnkern.RNN}
@@ -44,9 +44,9 @@ def warm(cells: list[str], dtypes: list[torch.dtype], options: bool) -> None:
         plain = {"nonlinearity": nonlinearity.lower()} if nonlinearity else {}
         for dtype, (name, more) in product(dtypes, list(_variants(kind, options))):
             start = time.perf_counter()
-            layer = modules[kind](1, 1, dtype=dtype, backend="numba", **plain, **more)
+            layer = modules[kind](32, 64, dtype=dtype, backend="numba", **plain, **more)
             for _ in range(3):
-                layer(torch.zeros(1, 1, 1, dtype=dtype))[0].sum().backward()
+                layer(torch.zeros(32, 32, 32, dtype=dtype))[0].sum().backward()
             seconds = time.perf_counter() - start
             print(f"{cell} {str(dtype).removeprefix('torch.')}{name}: ready in {seconds:.1f} s", flush=True)
     print(

@@ -1,8 +1,11 @@
 """rnnkern.convert, rnnkern.to_torch, and the way through to_torch to ONNX."""
 
 import copy
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -170,9 +173,14 @@ def test_command_line_lists_the_backends_and_warms() -> None:
     assert "numba" in listing
     assert "cuda       absent: " in listing
     command = [sys.executable, "-m", "rnnkern", "--warm", "--cells", "rnn_relu", "--dtypes", "float64", "--options"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    two_threads = {**os.environ, "OMP_NUM_THREADS": "2"}
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=two_threads).stdout
     assert "rnn_relu float64: ready in" in said
     assert "rnn_relu float64 with options: ready in" in said
+    (folder,) = re.findall("kept in (.*)", said)
+    kept = {path.name.split("-")[0] for path in Path(folder).rglob("*.nbi")}
+    kernels = {"kernels.rnn_relu_backward", "optional_kernels.rnn_relu_optional_backward", "kernels.add_shares"}
+    assert kept >= kernels | {"team.take_shares", "choice.bools_of_words", "choice.factors_of_words"}
 
 
 def test_import_does_not_load_numba() -> None:

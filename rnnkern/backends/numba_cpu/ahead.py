@@ -182,6 +182,7 @@ class LayerPlan(_Ahead):
         super().__init__(form, x, states, weights)
         layer, results = self.layer(0, x, x, x.new_empty(self.y_shape), states)
         layer = layer._replace(extras=extras)
+        self.weights = weight_names(layer.weights)
         self._sizes(x, layer, graded)
         gates, cells = (
             None if shape is None else form.rows(x.new_empty(shape), x)
@@ -192,7 +193,6 @@ class LayerPlan(_Ahead):
         self.present = [i for i, tensor in enumerate(extras.tensors()) if tensor is not None]
         self.extras = Extras(*map(_meta, extras.tensors()), *extras[len(EXTRAS) :])
         self.shares = tuple(named_shares(layer).values())
-        self.weights = weight_names(layer.weights)
         self.others = [*(EXTRAS[i] for i in self.present), *named_shares(layer)]
         self.way = way_of(layer)
         self.kernels = self.way.kernels[form.cell]
@@ -218,7 +218,7 @@ class LayerPlan(_Ahead):
         self.y_kept = graded and not (self.form.step and bool(spec.saved))
         self.gates_shape = (*lead, directions, layer.kept * self.hidden) if graded and layer.kept else None
         self.cells_shape = (*lead, directions, self.hidden) if spec.has_c and (graded or self.every_c) else None
-        self.zeroed = [adds_rows(name[:-1], layer.weights[0]) for name in weight_names(layer.weights)]
+        self.zeroed = [adds_rows(name[:-1], layer.weights[0]) for name in self.weights]
 
     def split(self, tensors: Sequence[Any]) -> Given:
         """`Given.flat` undone, of the tensors or of something for each of them."""

@@ -1,6 +1,5 @@
 """Masks from random words in one pass: `rnnkern.masks.choose`, in calls that have a plan."""
 
-import numpy as np
 import torch
 from llvmlite import ir
 from numba.core import types
@@ -9,9 +8,8 @@ from torch import Tensor
 
 from rnnkern import masks
 from rnnkern.backends.numba_cpu.jit import inlined, kernel, ready
+from rnnkern.backends.numba_cpu.plans import SCALARS
 from rnnkern.backends.numba_cpu.vector import ir_scalar
-
-_SCALARS = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 @intrinsic
@@ -74,7 +72,7 @@ def factors_of_words(words, last, rows, width, into, scale):
 
 def choose(draws: Tensor, shape: tuple[int, ...], last: int, scale: float | None, like: Tensor) -> Tensor:
     """As `rnnkern.masks.choose`; by torch for dtypes of which there are no plans."""
-    scalar = _SCALARS.get(like.dtype)
+    scalar = SCALARS.get(like.dtype)
     if scalar is None:
         return masks.choose(draws, shape, last, scale, like)
     if scale is None:

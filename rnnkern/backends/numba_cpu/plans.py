@@ -37,6 +37,8 @@ WEIGHTS = (
     "ln_ih_weight", "ln_ih_bias", "ln_hh_weight", "ln_hh_bias", "ln_c_weight", "ln_c_bias",
 )  # fmt: skip
 
+# How kernels are told a dtype: by a number of it.
+SCALARS = {torch.float32: np.float32, torch.float64: np.float64}
 # A share under this many multiply-adds, some 20 us of work, is not worth another thread: a team that has just been at
 # work starts within a few, one that sleeps takes some 50.
 WORTH_A_THREAD = 1_000_000
@@ -96,7 +98,7 @@ class Cut:
 
     def __init__(self, layer: Layer) -> None:
         spec, x = layer.cell, layer.x
-        self.zero = np.float64(0) if x.dtype == torch.float64 else np.float32(0)
+        self.zero = SCALARS[x.dtype](0)
         self.item = x.element_size()
         self.gates, self.inputs, self.hidden, self.outputs = len(spec.gates), x.shape[-1], layer.hidden, layer.outputs
         self.recurrent = self.gates * self.hidden
