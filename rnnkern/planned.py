@@ -157,6 +157,16 @@ def looks(tensors: Sequence[Tensor]) -> list[object]:
     return [(t.shape, t.stride(), t.dtype, t.is_cpu, t.is_neg()) for t in tensors]
 
 
+def is_kept(plan: LayerPlan, kept: Sequence[Tensor]) -> bool:
+    """Whether tensors kept for backward look as they did: hooks may have changed them."""
+    if plan.guard is not None and plan.guard(*kept):
+        return True
+    same = looks(kept) == plan.looks
+    if same and plan.guard is None:
+        plan.guard = compat.guard(kept)
+    return same
+
+
 class PlannedLayer(torch.autograd.Function):
     """(y, h_n, c_n, cells) of a layer with a plan, (h, c) of a step: what LayerFunction is, in calls that nothing
     watches."""
@@ -180,8 +190,7 @@ class PlannedLayer(torch.autograd.Function):
         tensors, saved = kept[: ctx.count], kept[ctx.count :]
         refuse_batched(grads)
         watched = torch.is_grad_enabled() or not compat.in_plain_eager()
-        changed = plan.looks != looks(kept)  # by hooks on saved tensors
-        if watched or changed or not compat.PLAIN_OR_NONE.issuperset(map(type, (*kept, *grads))):
+        if watched or not is_kept(plan, kept) or not compat.PLAIN_OR_NONE.issuperset(map(type, (*kept, *grads))):
             return (None, *_again(plan, plan.split(tensors), saved, grads, needs))
         return (None, *plan.backward(tensors, saved, grads, needs))
 

@@ -7,7 +7,7 @@ each call. Whatever is not plain memory
 in undisturbed eager mode (tracers, subclasses, autocast, torch.func ...) goes the ordinary way, and so do first calls.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -99,36 +99,48 @@ class Plan(Protocol):
 # What has come by so far. By description: None for once, False where there is no plan to be had.
 _plans: dict[Hashable, Plan | Literal[False] | None] = {}
 MOST_KNOWN = 1024
+# The first plans of each kind of call, with what tells its tensors: quicker than to describe them.
+_guarded: dict[Hashable, list[tuple[Callable[..., bool], Plan]]] = {}
+MOST_GUARDED = 8
 
 
-def describe(
+def find(
     form: tuple[Any, ...], x: object, states: object, weights: Sequence[Tensor], resets: tuple[Any, ...] = ()
-) -> Hashable:
-    """All that a plan depends on; None where the call must go the ordinary way. Nothing has been checked yet, except
-    that no compiler is at work. `form` has the fields of a Form."""
+) -> tuple[Plan | None, Hashable]:
+    """The plan of a call, once there is one, or a description for `learn`; neither where the call must go the ordinary
+    way. Nothing has been checked yet, except that no compiler is at work. `form` has the fields of a Form."""
     if not compat.is_undisturbed() or not (states is None or type(states) is tuple):
-        return None
+        return None, None
     tensors: tuple[Any, ...] = (x, *weights, *resets) if states is None else (x, *states, *weights, *resets)
-    graded, plain = torch.is_grad_enabled(), compat.PLAIN_TYPES
+    graded = torch.is_grad_enabled()
     # The two ways save different tensors, and checkpoint wants to see the same ones at its second run, which may come
     # when there is a plan that there was not at the first.
     if graded and compat.hooks_saved_tensors():
-        return None
+        return None, None
     given = -1 if states is None else len(states)
-    description: list[Hashable] = [form, given, graded, torch.get_num_threads()]
+    kind = (form, given, len(tensors), graded, torch.get_num_threads())
+    guarded = _guarded.get(kind, ())
+    for looks_like, plan in guarded:
+        if looks_like(*tensors):
+            return plan, None
+    description = _describe(kind, tensors, graded)
+    found = None if description is None else _plans.get(description) or None
+    if found is not None and len(guarded) < MOST_GUARDED and compat.can_guard(tensors):
+        _guarded.setdefault(kind, []).append((compat.guard(tensors), found))
+    return found, description
+
+
+def _describe(kind: Hashable, tensors: Sequence[Any], graded: bool) -> Hashable:
+    """All that a plan depends on; None where there is none for such tensors."""
+    description: list[Hashable] = [kind]
     try:
         for t in tensors:
-            if type(t) not in plain or not t.is_cpu:
+            if type(t) not in compat.PLAIN_TYPES or not t.is_cpu:
                 return None
             description.append((t.shape, t.stride(), t.dtype, t.is_neg(), graded and t.requires_grad))
     except RuntimeError:  # a sparse tensor, which has no strides
         return None
     return tuple(description)
-
-
-def find(description: Hashable) -> Plan | None:
-    """The plan of calls of this description, once there is one."""
-    return None if description is None else _plans.get(description) or None
 
 
 def learn(
@@ -144,10 +156,16 @@ def learn(
     if description is None:
         return
     if len(_plans) >= MOST_KNOWN:
-        _plans.clear()
+        forget()
     if _plans.get(description, False) is None:
         from rnnkern.planned import make_plan  # here, since it needs what this module gives
 
         _plans[description] = make_plan(Form(*form), x, states or (), weights, resets) or False
     else:
         _plans.setdefault(description, None)
+
+
+def forget() -> None:
+    """Every call is new again."""
+    _plans.clear()
+    _guarded.clear()

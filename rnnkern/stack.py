@@ -240,8 +240,7 @@ def run(
         return ordinary(cell, who, input, hx, weights, call)
     form = _form(cell, weights, call, len(resets))
     flat = [weight for layer in weights for weight in layer]
-    description = shortcut.describe(form, input, hx, flat, resets)
-    plan = shortcut.find(description)
+    plan, description = shortcut.find(form, input, hx, flat, resets)
     if plan is not None:
         return plan(input, hx or (), flat, resets)  # type: ignore[arg-type]
     results = ordinary(cell, who, input, hx, weights, call)

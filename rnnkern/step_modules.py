@@ -36,8 +36,7 @@ class _Cell(Shared, torch.nn.RNNCellBase):
         if torch.compiler.is_compiling():
             return self._ordinary_step(cell, input, hx, Weights(*flat))
         form = (cell, self.backend, 1, 1, False, True)
-        description = shortcut.describe(form, input, hx, flat)
-        plan = shortcut.find(description)
+        plan, description = shortcut.find(form, input, hx, flat)
         if plan is not None:
             found: States = plan(input, hx or (), flat)[1]
             return found

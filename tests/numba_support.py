@@ -129,7 +129,7 @@ def but_weights(parts: Parts) -> Parts:
 def forget_plans() -> None:
     """Every call is laid out anew."""
     numba_cpu._plans.clear()
-    shortcut._plans.clear()
+    shortcut.forget()
 
 
 @contextmanager

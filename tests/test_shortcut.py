@@ -25,9 +25,9 @@ every_cell = pytest.mark.parametrize("cell", TORCH_CELLS)
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    shortcut._plans.clear()
+    shortcut.forget()
     yield
-    shortcut._plans.clear()
+    shortcut.forget()
 
 
 def plans() -> int:

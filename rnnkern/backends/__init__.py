@@ -212,7 +212,9 @@ class LayerPlan(Protocol):
     y_shape: tuple[int, ...]
     h_shape: tuple[int, ...]
     c_shape: tuple[int, ...]
-    looks: list[object] | None  # the caller's note of what the tensors kept for backward look like
+    # The caller's notes of what tensors kept for backward look like.
+    looks: list[object] | None
+    guard: Callable[..., bool] | None
 
     def split(self, tensors: Sequence[Any]) -> Given:
         """`Given.flat` undone, of the tensors or of something for each of them."""

@@ -2,7 +2,7 @@
 layers with gradients. What runs them knows that they look like those that they were made from (rnnkern/shortcut.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -209,6 +209,7 @@ class LayerPlan(_Ahead):
         self.saved = Saved(_meta(results.y), _meta(gates), _meta(cells))
         self.backwards: dict[Any, tuple[Plan, Workspaces]] = {}
         self.looks: list[object] | None = None
+        self.guard: Callable[..., bool] | None = None
         del self.sweeps
 
     def _sizes(self, x: Tensor, layer: Layer, graded: bool) -> None:
