@@ -113,12 +113,12 @@ PYTHON = [
         "rnn_tanh",
         {
             "tasks after the first share its rows": (
-                "(places[d], first, last, place, zero) for d, first, last, place",
-                "(places[d], 0, last - first, place, zero) for d, first, last, place",
+                "(places[d], first, last, place) for d, first, last, place",
+                "(places[d], 0, last - first, place) for d, first, last, place",
             ),
             "tasks after the first share its sums": (
-                "(places[d], first, last, place, zero) for d, first, last, place",
-                "(places[d], first, last, 0, zero) for d, first, last, place",
+                "(places[d], first, last, place) for d, first, last, place",
+                "(places[d], first, last, 0) for d, first, last, place",
             ),
         },
     ),
