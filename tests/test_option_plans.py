@@ -70,7 +70,7 @@ def in_turn(call: Call, times: int) -> list[Any]:
 def ordinary(call: Call, times: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The same without plans."""
     with monkeypatch.context() as patch:
-        patch.setattr(shortcut, "find", lambda description: None)
+        patch.setattr(shortcut, "find", lambda *call: (None, None))
         patch.setattr(shortcut, "learn", lambda *args: None)
         return in_turn(call, times)
 
