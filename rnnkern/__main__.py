@@ -38,6 +38,7 @@ def warm(cells: list[str], dtypes: list[torch.dtype], options: bool) -> None:
     by a plan, which has kernels of its own for masks; it is large enough for several threads, which have theirs."""
     from rnnkern.backends.numba_cpu.jit import CACHE_FOLDER
 
+    torch.set_num_threads(2)
     modules = {"LSTM": rnnkern.LSTM, "GRU": rnnkern.GRU, "RNN": rnnkern.RNN}
     for cell in cells:
         kind, _, nonlinearity = TORCH_CELLS[cell].mode.partition("_")

@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
+
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # then calls are recognised by reading attributes, which takes longer
+    TensorGuards = None  # type: ignore[assignment, misc]
 from torch.nn import Parameter
 
 PLAIN_TYPES = (Tensor, Parameter)
@@ -17,8 +21,8 @@ PLAIN_OR_NONE = {*PLAIN_TYPES, type(None)}
 
 
 def can_guard(tensors: Sequence[Tensor]) -> bool:
-    """Whether no tensor comes twice: a guard never recognises such tensors."""
-    return len(set(map(id, tensors))) == len(tensors)
+    """Whether torch has guards, and no tensor comes twice: a guard never recognises such tensors."""
+    return TensorGuards is not None and len(set(map(id, tensors))) == len(tensors)
 
 
 def guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:

@@ -162,7 +162,7 @@ def is_kept(plan: LayerPlan, kept: Sequence[Tensor]) -> bool:
     if plan.guard is not None and plan.guard(*kept):
         return True
     same = looks(kept) == plan.looks
-    if same and plan.guard is None:
+    if same and plan.guard is None and compat.can_guard(kept):
         plan.guard = compat.guard(kept)
     return same
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from rnnkern import forks  # noqa: F401, from now on forks are noted
 from rnnkern.backends.cuda import extension
 from rnnkern.cells import CellSpec, Weights
 

@@ -112,8 +112,8 @@ def ready(dispatcher: Any, integers: int, zero: Any = None) -> Any:
             seconds = time.perf_counter() - start
         if seconds > SLOW_COMPILE_SECONDS:
             kept = f"kept in {CACHE_FOLDER}" if CACHE_FOLDER else "not kept: no cache folder is writable"
-            name = dispatcher.py_func.__name__
-            _log.warning("rnnkern: compiled %s for %s in %.1f s, once; %s", name, key[1].__name__, seconds, kept)
+            name = dispatcher.py_func.__name__ + ("" if zero is None else f" for {type(zero).__name__}")
+            _log.warning("rnnkern: compiled %s in %.1f s, once; %s", name, seconds, kept)
         _compiled.add(key)
     return dispatcher
 

@@ -42,7 +42,7 @@ SCALARS = {torch.float32: np.float32, torch.float64: np.float64}
 # A share under this many multiply-adds, some 20 us of work, is not worth another thread: a team that has just been at
 # work starts within a few, one that sleeps takes some 50.
 WORTH_A_THREAD = 1_000_000
-# Nor is one of a single sequence: it would read all the weights for little.
+# Nor are more shares than half of the sequences: each reads all the weights.
 LEAST_SEQUENCES = 2
 # Sequences carried through time together: their states and the products of a step stay in the second cache.
 MOST_SEQUENCES = 64
@@ -113,7 +113,9 @@ class Cut:
     def _shares(self, layer: Layer, directions: int) -> list[Share]:
         """Of all directions, as many real steps in one as in another."""
         multiply_adds = self.total * self.recurrent * (self.inputs + self.outputs) * directions
-        parts = -(-min(torch.get_num_threads(), max(1, multiply_adds // WORTH_A_THREAD)) // directions)
+        threads = min(torch.get_num_threads(), max(1, multiply_adds // WORTH_A_THREAD))
+        self.divided = threads > 1  # of several directions each is a share in any case
+        parts = -(-threads // directions)
         parts = max(1, min(parts, self.batch, (self.batch + 1) // LEAST_SEQUENCES))
         edges = [self.batch * part // parts for part in range(parts + 1)]
         if layer.batch_sizes is not None and parts > 1:
@@ -225,17 +227,16 @@ class Plan(Cut):
         alive = (operands, alive)
         if self.packs:
             parts = range(self.parts)
-            _run(pack, [(place, self.gates, part, self.parts) for place in places for part in parts], zero, alive)
-        _run(kernel, [(places[d], first, last, place) for d, first, last, place in self.shares], zero, alive)
+            self._run(pack, [(place, self.gates, part, self.parts) for place in places for part in parts], alive)
+        self._run(kernel, [(places[d], first, last, place) for d, first, last, place in self.shares], alive)
 
-
-def _run(kernel: Any, shares: list[team.Share], zero: Any, alive: object) -> None:
-    """Runs the kernel once for each share, on as many threads as torch has."""
-    if len(shares) == 1 or torch.get_num_threads() == 1:
-        for share in shares:
-            kernel(*share, zero)
-    else:
-        team.run(kernel, shares, zero, alive)
+    def _run(self, kernel: Any, shares: list[team.Share], alive: object) -> None:
+        """Runs the kernel once for each share, on several threads if that is worth it."""
+        if self.divided and len(shares) > 1:
+            team.run(kernel, shares, self.zero, alive)
+        else:
+            for share in shares:
+                kernel(*share, self.zero)
 
 
 class ForwardPlan(Plan):

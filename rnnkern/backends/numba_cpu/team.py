@@ -34,6 +34,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.core.extending import intrinsic
 
+from rnnkern import forks
 from rnnkern.backends.numba_cpu import pool
 from rnnkern.backends.numba_cpu.jit import address, kernel
 
@@ -90,7 +91,8 @@ def take_shares(work):
 
 
 def _entry() -> Callable[..., None] | None:
-    """GOMP_parallel(function, its argument, threads, flags) of the runtime that torch has loaded."""
+    """GOMP_parallel(function, its argument, threads, flags) as torch's libraries find it: the first one that all of the
+    process can see."""
     enter = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if os.name == "posix" else None
     if enter is not None:
         enter.argtypes, enter.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
@@ -100,20 +102,10 @@ def _entry() -> Callable[..., None] | None:
 _enter = _entry()
 
 
-def _leave() -> None:
-    """A forked child has none of the team's threads, and would wait for them."""
-    global _enter
-    _enter = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave)
-
-
 def run(kernel: Any, shares: Sequence[Share], zero: Any, alive: object) -> None:
-    """Runs the kernel once for each share, on as many threads as torch has. `alive` holds the memory that they use,
-    even if the caller is interrupted while they run."""
-    if _enter is None:
+    """Runs the kernel once for each share, on as many threads as torch has. `alive` is the memory that they use, which
+    threads of our own hold even if the caller is interrupted while they run."""
+    if _enter is None or forks.forked:
         pool.run([partial(_task, kernel, share, zero, alive) for share in shares])
         return
     work = array("q", (0, len(shares), address(kernel, 4, zero), isinstance(zero, np.float64)))

@@ -42,8 +42,7 @@ def way_of(layer: Layer) -> Way:
 
 
 def total(of_shares: Tensor, zero: Any) -> Tensor:
-    """(shares, ...) -> the sum over shares, in their order. Not by torch, which would wake threads of its own for it
-    that spin afterwards, where the next sweep's want to run."""
+    """(shares, ...) -> the sum over shares, in their order."""
     found = of_shares.new_empty(of_shares.shape[1:])
     addresses = of_shares.data_ptr(), found.data_ptr()
     ready(add_shares, 4, zero)(*addresses, found.numel(), of_shares.shape[0], zero)
