@@ -80,10 +80,10 @@ def test_a_sweep_restores_the_callers_mode(cell: str, flushing: bool) -> None:
     assert (half == 0) == flushing
 
 
-def modes_of_the_team() -> set[float]:
+def flush_bits_of_the_team() -> set[int]:
     modes = torch.full((300,), -1.0, dtype=torch.float64)
     team.run(keep_mode, [(modes.data_ptr(), share, 0, 0) for share in range(300)], np.float64(0), modes)
-    return set(modes.tolist())
+    return {int(mode) & FLUSH_BITS for mode in modes.tolist()}
 
 
 def test_so_do_sweeps_on_other_threads(flushing: bool, threads: Callable[[int], None], always_split: list[int]) -> None:
@@ -94,10 +94,11 @@ def test_so_do_sweeps_on_other_threads(flushing: bool, threads: Callable[[int], 
         before = executor.submit(mode).result()
         executor.submit(sweeps, layer).result()
         assert executor.submit(mode).result() == before
-    before = modes_of_the_team()
     assert always_split[0] > 1
-    sweeps(layer)
-    assert modes_of_the_team() == before
+    for _ in range(3):
+        sweeps(layer)
+        # those of the caller, and of threads on which nobody has set any
+        assert flush_bits_of_the_team() <= {FLUSH_BITS * flushing, 0}
 
 
 @pytest.mark.parametrize("dtype", SMALLEST)
