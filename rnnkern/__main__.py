@@ -36,9 +36,11 @@ def _variants(kind: str, options: bool) -> Iterator[tuple[str, dict[str, Any]]]:
 def warm(cells: list[str], dtypes: list[torch.dtype], options: bool) -> None:
     """Compiles forward and backward of each cell and dtype into the kernel cache, by running them. The third call goes
     by a plan, which has kernels of its own for masks; it is large enough for several threads, which have theirs."""
-    from rnnkern.backends.numba_cpu.jit import CACHE_FOLDER
+    from rnnkern.backends.numba_cpu import team
+    from rnnkern.backends.numba_cpu.jit import CACHE_FOLDER, address
 
     torch.set_num_threads(2)
+    address(team.take_own, 1)  # wide layers on few sequences run on it
     modules = {"LSTM": rnnkern.LSTM, "GRU": rnnkern.GRU, "RNN": rnnkern.RNN}
     for cell in cells:
         kind, _, nonlinearity = TORCH_CELLS[cell].mode.partition("_")

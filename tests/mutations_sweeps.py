@@ -4,6 +4,24 @@ from tests.mutations import BACKWARD, BLOCKS, FORWARD, KERNELS, SWEEP, TILE, VEC
 
 OF_SWEEPS = [
     *mutations(
+        SWEEP,
+        "members",
+        "gru",
+        {
+            "members: each reads its own h": ("a.workspace if a.sizes.members > 1 else space", "space"),
+            "members: the last one's units": (
+                "panels * (sizes.member + 1) // sizes.members",
+                "panels * (sizes.member + 1) // (sizes.members + 1)",
+            ),
+        },
+    ),
+    *mutations(
+        BACKWARD,
+        "members",
+        "gru",
+        {"members: every gate's gradient is the first one's": ("first = gate * hidden + own", "first = own")},
+    ),
+    *mutations(
         BACKWARD,
         "backward",
         "lstm",
@@ -43,8 +61,8 @@ OF_SWEEPS = [
                 "product(rows, dgh, a.dg_row, a.w_hh, gates * sizes.hidden - 1,",
             ),
             "gradients on top of what was in memory": (
-                "fresh = padded_bytes(sizes.outputs, zero), True",
-                "fresh = padded_bytes(sizes.outputs, zero), False",
+                "own = padded_bytes(sizes.outputs, zero), True",
+                "own = padded_bytes(sizes.outputs, zero), False",
             ),
             "dx of a chunk in the wrong order": (
                 "outer_step(sizes, a.dx, t)",
@@ -68,8 +86,8 @@ OF_SWEEPS = [
                 "input_gradients(a, chunk, chunk_end, first, first + end - block, n,",
             ),
             "every block ends in the first one's dh0": (
-                "end_gradients(a, block, end, space, zero)",
-                "end_gradients(a, first, first + end - block, space, zero)",
+                "end_gradients(a, block, end, own, space, zero)",
+                "end_gradients(a, first, first + end - block, own, space, zero)",
             ),
             "order ignored on x in backward": (
                 "copy_in(x, outer_row(sizes, a.x, x_step, b), inputs, zero)",
@@ -85,8 +103,8 @@ OF_SWEEPS = [
                 "dy = dy_step + (first + b) * a.dy.row",
             ),
             "order ignored on dx": (
-                "copy_out(outer_row(sizes, a.dx, dx_step, first + b)",
-                "copy_out(dx_step + (first + b) * a.dx.row",
+                "dx = outer_row(sizes, a.dx, dx_step, first + b)",
+                "dx = dx_step + (first + b) * a.dx.row",
             ),
             "weight gradients: lanes past the last unit written": (
                 "store_part(at, value, zero, b_units - first)",
@@ -105,11 +123,11 @@ OF_SWEEPS = [
             ),
             "missing recurrent bias": ("0 if separate else a.b_hh", "0"),
             "a panel sees the new state": (
-                "h_new = space + a.h + ((s + 1) % 2) * sizes.block * h_row",
+                "h_new = states + ((s + 1) % 2) * sizes.block * h_row",
                 "h_new = h_old",
             ),
             "a joining sequence finds no h0": (
-                "copy_in(space + a.h + (a.sizes.block + b) * h_row, h0, outputs, zero)",
+                "copy_in_own(h + (a.sizes.block + b) * h_row, h0, own.outputs, outputs, zero)",
                 "pass",
             ),
             "last step's final states lost": ("if s + 1 < sizes.steps else 0", "if s + 1 < sizes.steps else rows"),
@@ -122,8 +140,8 @@ OF_SWEEPS = [
                 "                gx = space + a.gx",
             ),
             "every block starts from the first one's states": (
-                "start_states(a, block, end, space, zero)",
-                "start_states(a, first, first + end - block, space, zero)",
+                "start_states(a, block, end, own, states, space, zero)",
+                "start_states(a, first, first + end - block, own, states, space, zero)",
             ),
             "every block reads the first one's inputs": (
                 "gather(sizes, a.x, t, block, rows,",
@@ -193,8 +211,8 @@ OF_SWEEPS = [
         "lstm",
         {
             "lstm: a leaving row's c forgotten": (
-                "copy_out(state_row(a.sizes, a.c_n, first + b), space + a.c",
-                "copy_out(state_row(a.sizes, a.c_n, first + b), space + a.h",
+                "copy_out_own(state_row(a.sizes, a.c_n, first + b), space + a.c",
+                "copy_out_own(state_row(a.sizes, a.c_n, first + b), space + a.h",
             ),
             "lstm: projection added to the old state": (
                 "store(h + r * h_row + j * VECTOR_BYTES, broadcast(zero))",
@@ -244,8 +262,8 @@ OF_SWEEPS = [
                 "outer_step(sizes, a.y, t), outer_step(sizes, a.y, t)",
             ),
             "recurrent weights meet the inputs' gradients": (
-                "            rows, dgh, a.dg_row, recurrent, space + a.hs",
-                "            rows, dgx, a.dg_row, recurrent, space + a.hs",
+                "outer_product(rows, dgh, a.dg_row, count, space + a.hs",
+                "outer_product(rows, dgx, a.dg_row, count, space + a.hs",
             ),
             "recurrent bias takes the inputs' gradients": (
                 "sum_rows(rows, dgh, a.dg_row",

@@ -148,6 +148,19 @@ def shares(cell: str) -> float:
         return max(difference(sweeps(layer), oracle(layer)) for layer in forms)
 
 
+def members(cell: str) -> float:
+    """Both sweeps, each run by several threads together."""
+    from tests.numba_support import difference, oracle, plan_constants, random_layer, sweeps
+
+    sizes: dict[str, Any] = {"batch": 1, "inputs": 70, "hidden": 135, "scale": 0.3}
+    forms = [random_layer(cell, directions=directions, **sizes) for directions in (1, 2)]
+    with (
+        mock.patch.object(torch, "get_num_threads", return_value=4),
+        plan_constants(WORTH_A_THREAD=1, WORTH_A_BARRIER=0, CHUNK_ROWS=2, BACKWARD_CHUNK_ROWS=2),
+    ):
+        return max(difference(sweeps(layer), oracle(layer)) for layer in forms)
+
+
 def repeated(cell: str) -> float:
     """Calls of modules again and again, which go by a plan, on one thread and on several, against the reference."""
     from tests.numba_support import plan_constants
@@ -281,6 +294,7 @@ CHECKS: dict[str, Callable[[str], float]] = {
         strides,
         flushed,
         shares,
+        members,
         repeated,
         layers,
         masks_of_words,

@@ -18,16 +18,19 @@ from rnnkern.backends.numba_cpu.blocks import pack_depth
 from rnnkern.backends.numba_cpu.jit import inlined, woven
 from rnnkern.backends.numba_cpu.sweep import (
     clear_ended,
+    common,
     copy_in,
-    copy_out,
+    copy_out_own,
     outer_row,
     outer_step,
+    own_units,
     padded_bytes,
     product,
     rows_in,
     saved_step,
     state_row,
     step_order,
+    wait_for_members,
 )
 from rnnkern.backends.numba_cpu.tile import MAX_ROWS, MAX_VECTORS, outer_tile
 from rnnkern.backends.numba_cpu.vector import (
@@ -91,50 +94,68 @@ def sum_rows(rows, a, a_row, units, into, fresh, zero):
 
 
 @woven
-def weight_gradients(a, rows, share, fresh, space, gates, zero):
-    """Adds what the rows of a chunk give to the gradients of weights and biases."""
-    item, recurrent = item_bytes(zero), gates * a.sizes.hidden
-    inputs, hidden, outputs = a.sizes.inputs, a.sizes.hidden, a.sizes.outputs
-    dgx, dgh, tile = space + a.dgx, space + a.dgh, space + a.tile
-    if a.dw_ih != 0:
-        into = a.dw_ih + share * recurrent * inputs * item
-        outer_product(
-            rows, dgx, a.dg_row, recurrent, space + a.xs, padded_bytes(inputs, zero), inputs, into, fresh, tile, zero
-        )
-    if a.dw_hh != 0:
-        into = a.dw_hh + share * recurrent * outputs * item
-        outer_product(
-            rows, dgh, a.dg_row, recurrent, space + a.hs, padded_bytes(outputs, zero), outputs, into, fresh, tile, zero
-        )
+def weight_gradients(a, rows, share, own, fresh, space, gates, zero):
+    """Adds what the rows of a chunk give to the gradients of weights and biases: of all units, for the sums of this
+    share, or of a member's units, for the only sum there is."""
+    item, hidden = item_bytes(zero), a.sizes.hidden
+    recurrent, sum_of = gates * hidden, 0 if a.sizes.members > 1 else share
+    for gate in range(gates if a.sizes.members > 1 else 1):
+        first = gate * hidden + own.hidden[0] * vector_lanes(zero)
+        last = min(gate * hidden + own.hidden[1] * vector_lanes(zero), (gate + 1) * hidden)
+        if a.sizes.members == 1:
+            last = recurrent  # in one go
+        if first < last:
+            gate_gradients(a, rows, first, last - first, sum_of * recurrent, fresh, space, zero)
     if a.dw_hr != 0:
+        outputs = a.sizes.outputs
         dp_row, m_row = padded_bytes(outputs, zero), padded_bytes(hidden, zero)
         into = a.dw_hr + share * outputs * hidden * item
-        outer_product(rows, space + a.dp, dp_row, outputs, space + a.ms, m_row, hidden, into, fresh, tile, zero)
-    if a.db_ih != 0:
-        sum_rows(rows, dgx, a.dg_row, recurrent, a.db_ih + share * recurrent * item, fresh, zero)
-    if a.db_hh != 0:
-        sum_rows(rows, dgh, a.dg_row, recurrent, a.db_hh + share * recurrent * item, fresh, zero)
+        outer_product(
+            rows, space + a.dp, dp_row, outputs, space + a.ms, m_row, hidden, into, fresh, space + a.tile, zero
+        )
 
 
 @woven
-def input_gradients(a, chunk, chunk_end, first, last, rows, space, gates, zero):
+def gate_gradients(a, rows, first, count, sums, fresh, space, zero):
+    """Adds what belongs to `count` pre-activations from `first` on to the gradients that start at row `sums`."""
+    item, inputs, outputs, at = item_bytes(zero), a.sizes.inputs, a.sizes.outputs, sums + first
+    x_row, h_row, tile = padded_bytes(inputs, zero), padded_bytes(outputs, zero), space + a.tile
+    dgx, dgh = common(a, space) + a.dgx + first * item, common(a, space) + a.dgh + first * item
+    if a.dw_ih != 0:
+        into = a.dw_ih + at * inputs * item
+        outer_product(rows, dgx, a.dg_row, count, space + a.xs, x_row, inputs, into, fresh, tile, zero)
+    if a.dw_hh != 0:
+        into = a.dw_hh + at * outputs * item
+        outer_product(rows, dgh, a.dg_row, count, space + a.hs, h_row, outputs, into, fresh, tile, zero)
+    if a.db_ih != 0:
+        sum_rows(rows, dgx, a.dg_row, count, a.db_ih + at * item, fresh, zero)
+    if a.db_hh != 0:
+        sum_rows(rows, dgh, a.dg_row, count, a.db_hh + at * item, fresh, zero)
+
+
+@woven
+def input_gradients(a, chunk, chunk_end, first, last, rows, own, space, gates, zero):
     """dx of the rows of a chunk, by way of the rows of x, which nobody reads any more."""
     sizes, x_row = a.sizes, padded_bytes(a.sizes.inputs, zero)
     for n in range(rows):
         copy_in(space + a.xs + n * x_row, 0, sizes.inputs, zero)
-    product(rows, space + a.dgx, a.dg_row, a.w_ih, gates * sizes.hidden, sizes.inputs, space + a.xs, x_row, zero)
+    product(
+        rows, common(a, space) + a.dgx, a.dg_row, a.w_ih, gates * sizes.hidden, own.inputs[0], own.inputs[1],
+        space + a.xs, x_row, zero,
+    )  # fmt: skip
     n = 0
     for s in range(chunk_end - 1, chunk - 1, -1):
         t = step_order(sizes, s)
         dx_step = outer_step(sizes, a.dx, t)
         for b in range(rows_in(sizes, t, first, last)):
-            copy_out(outer_row(sizes, a.dx, dx_step, first + b), space + a.xs + n * x_row, sizes.inputs, zero)
+            dx = outer_row(sizes, a.dx, dx_step, first + b)
+            copy_out_own(dx, space + a.xs + n * x_row, own.inputs, sizes.inputs, zero)
             n += 1
         clear_ended(sizes, a.dx, t, first, last, sizes.inputs, zero)
 
 
 @woven
-def add_output_gradient(a, t, n, rows, first, space, zero):
+def add_output_gradient(a, t, n, rows, first, own, space, zero):
     """dh += dy_t, and with a projection dp_t = dh and dm = dh W_hr."""
     lanes, item = vector_lanes(zero), item_bytes(zero)
     hidden, outputs = a.sizes.hidden, a.sizes.outputs
@@ -144,20 +165,20 @@ def add_output_gradient(a, t, n, rows, first, space, zero):
         dy_step = outer_step(a.sizes, a.dy, t)
         for b in range(rows):
             dy = outer_row(a.sizes, a.dy, dy_step, first + b)
-            for u in range(0, outputs, lanes):
+            for u in range(own.outputs[0] * lanes, min(own.outputs[1] * lanes, outputs), lanes):
                 at = dh + b * dh_row + u * item
                 store(at, load(at, zero) + load_part(dy + u * item, zero, outputs - u))
     if a.w_hr.base != 0:
         for b in range(rows):
             copy_in(space + a.dp + (n + b) * dh_row, dh + b * dh_row, outputs, zero)
             copy_in(dm + b * dm_row, 0, hidden, zero)
-        product(rows, dh, dh_row, a.w_hr, outputs, hidden, dm, dm_row, zero)
+        product(rows, dh, dh_row, a.w_hr, outputs, 0, dm_row // VECTOR_BYTES, dm, dm_row, zero)
         for b in range(rows):
             copy_in(dh + b * dh_row, 0, outputs, zero)
 
 
 @woven
-def backward_step(a, s, t, n, first, rows, space, cell, zero):
+def backward_step(a, s, t, n, first, rows, own, space, cell, zero):
     """The cell's gradients at step t, the s-th of the forward sweep, into rows n and following of the chunk; leaves in
     dh what reaches h_{t-1} past W_hh."""
     sizes, lanes, item = a.sizes, vector_lanes(zero), item_bytes(zero)
@@ -180,16 +201,16 @@ def backward_step(a, s, t, n, first, rows, space, cell, zero):
         c_prev = cells_before + b * a.cells.row if r < continuing else state_row(sizes, a.c0, b)
         gates, cells = gates_step + b * a.gates.row, cells_step + b * a.cells.row
         y = outer_row(sizes, a.y, y_step, b)
-        dgx, dgh = space + a.dgx + (n + r) * a.dg_row, space + a.dgh + (n + r) * a.dg_row
+        dg = common(a, space) + (n + r) * a.dg_row
         projected = a.w_hr.base != 0
         dh = space + a.dm + r * hidden_row if projected else space + a.dh + r * h_row
         dc = space + a.dc + r * hidden_row
-        for u in range(0, hidden, lanes):
+        for u in range(own.hidden[0] * lanes, min(own.hidden[1] * lanes, hidden), lanes):
             at = u * item
             m = space + a.ms + (n + r) * hidden_row + at if projected else 0
             direct = cell(
                 load(dh + at, zero), gates + at, slot, cells + at, c_prev + at, y + at, h_prev + at, dc + at,
-                dgx + at, dgh + at, m, hidden - u, zero,
+                dg + a.dgx + at, dg + a.dgh + at, m, hidden - u, zero,
             )  # fmt: skip
             store(dh + at, direct)
 
@@ -208,21 +229,21 @@ def start_gradients(a, first, last, space, zero):
 
 
 @woven
-def end_gradients(a, first, last, space, zero):
+def end_gradients(a, first, last, own, space, zero):
     """dh0 and dc0."""
     hidden, outputs = a.sizes.hidden, a.sizes.outputs
     for b in range(last - first):
         dh, dc = space + a.dh + b * padded_bytes(outputs, zero), space + a.dc + b * padded_bytes(hidden, zero)
-        copy_out(state_row(a.sizes, a.dh0, first + b), dh, outputs, zero)
+        copy_out_own(state_row(a.sizes, a.dh0, first + b), dh, own.outputs, outputs, zero)
         if a.dc0.base != 0:
-            copy_out(state_row(a.sizes, a.dc0, first + b), dc, hidden, zero)
+            copy_out_own(state_row(a.sizes, a.dc0, first + b), dc, own.hidden, hidden, zero)
 
 
 @woven
 def backward_sweep(a, first, last, share, gates, cell, zero):
     """Sequences [first, last) back through all steps. `gates` and `cell` are constants of the kernel."""
     sizes, space = a.sizes, a.workspace + share * a.workspace_bytes
-    dh_row, fresh = padded_bytes(sizes.outputs, zero), True
+    dh_row, fresh, own = padded_bytes(sizes.outputs, zero), True, own_units(sizes, MAX_VECTORS, zero)
     for block in range(first, last, sizes.block):
         end = min(block + sizes.block, last)
         start_gradients(a, block, end, space, zero)
@@ -233,15 +254,17 @@ def backward_sweep(a, first, last, share, gates, cell, zero):
             for s in range(chunk_end - 1, chunk - 1, -1):
                 t = step_order(sizes, s)
                 rows = rows_in(sizes, t, block, end)
-                add_output_gradient(a, t, n, rows, block, space, zero)
-                backward_step(a, s, t, n, block, rows, space, cell, zero)
-                dgh, dh = space + a.dgh + n * a.dg_row, space + a.dh
-                product(rows, dgh, a.dg_row, a.w_hh, gates * sizes.hidden, sizes.outputs, dh, dh_row, zero)
+                add_output_gradient(a, t, n, rows, block, own, space, zero)
+                backward_step(a, s, t, n, block, rows, own, space, cell, zero)
+                wait_for_members(sizes)
+                dgh, dh, (begin, until) = common(a, space) + a.dgh + n * a.dg_row, space + a.dh, own.outputs
+                product(rows, dgh, a.dg_row, a.w_hh, gates * sizes.hidden, begin, until, dh, dh_row, zero)
                 n += rows
             if n > 0:
-                weight_gradients(a, n, share, fresh, space, gates, zero)
+                weight_gradients(a, n, share, own, fresh, space, gates, zero)
                 fresh = False
             if a.dx.base != 0:
-                input_gradients(a, chunk, chunk_end, block, end, n, space, gates, zero)
+                input_gradients(a, chunk, chunk_end, block, end, n, own, space, gates, zero)
+            wait_for_members(sizes)
             chunk_end = chunk
-        end_gradients(a, block, end, space, zero)
+        end_gradients(a, block, end, own, space, zero)

@@ -164,9 +164,9 @@ def pack_units(weight, gates, units, depth, per_panel, part, parts, zero):
         width = min(per_panel, vectors - v)
         panel = weight.panels + v * gates * depth * VECTOR_BYTES
         panel_row = gates * width * VECTOR_BYTES
-        for k in range(0, depth, lanes):
-            for column in range(gates * width):
-                unit = (v + column % width) * lanes
+        for column in range(gates * width):  # outside, so that few rows are read at a time and are seen to come
+            unit = (v + column % width) * lanes
+            for k in range(0, depth, lanes):
                 source = weight.base + (column // width * units + unit) * weight.row + k * item
                 target = panel + k * panel_row + column * VECTOR_BYTES
                 transpose_block(source, weight.row, units - unit, min(lanes, depth - k), target, panel_row, zero)

@@ -14,17 +14,21 @@ from rnnkern.backends.numba_cpu.blocks import dot_units, pack_units
 from rnnkern.backends.numba_cpu.jit import inlined, woven
 from rnnkern.backends.numba_cpu.sweep import (
     clear_ended,
-    copy_in,
+    common,
+    copy_in_own,
     copy_out,
+    copy_out_own,
     gather,
     outer_row,
     outer_step,
+    own_units,
     padded_bytes,
     rows_in,
     saved_step,
     state_row,
     step_order,
     tile_height,
+    wait_for_members,
 )
 from rnnkern.backends.numba_cpu.tile import MAX_ROWS, MAX_VECTORS, tile
 from rnnkern.backends.numba_cpu.vector import (
@@ -89,14 +93,13 @@ def load_bias(target, source, gates, hidden, more, zero):
 
 
 @woven
-def input_product(a, rows, space, gates, zero):
-    """gx of the rows of a chunk."""
+def input_product(a, rows, own, space, gates, zero):
+    """gx of the rows of a chunk, of `own` units."""
     hidden, inputs = a.sizes.hidden, a.sizes.inputs
     gate_row, x_row, per_panel = padded_bytes(hidden, zero), padded_bytes(inputs, zero), units_per_panel(gates)
     column = gate_row if gates > 1 else VECTOR_BYTES
-    vectors = gate_row // VECTOR_BYTES
-    for v in range(0, vectors, per_panel):
-        width = min(per_panel, vectors - v)
+    for v in range(own.hidden[0], own.hidden[1], per_panel):
+        width = min(per_panel, own.hidden[1] - v)
         columns = gates * width
         n = 0
         while n < rows:
@@ -111,18 +114,18 @@ def input_product(a, rows, space, gates, zero):
 
 
 @woven
-def forward_step(a, t, rows, first, gx, h_old, h_new, space, gates, separate, cell, zero):
-    """Step t of sequences first to first + rows: from h_old to h_new (both (rows, W)), or to m with a projection."""
+def forward_step(a, t, rows, first, own, gx, h_old, h_new, space, gates, separate, cell, zero):
+    """Step t of sequences first to first + rows, `own` units: from h_old to h_new (both (rows, W)), or to m with a
+    projection."""
     hidden, outputs = a.sizes.hidden, a.sizes.outputs
     lanes, item, per_panel = vector_lanes(zero), item_bytes(zero), units_per_panel(gates)
     gate_row, h_row = padded_bytes(hidden, zero), padded_bytes(outputs, zero)
     gx_row, slot = gates * gate_row, hidden * item
     column = gate_row if gates > 1 else VECTOR_BYTES
-    vectors = gate_row // VECTOR_BYTES
     y_step = outer_step(a.sizes, a.y, t)
     gates_step, cells_step = saved_step(a.sizes, a.gates, t), saved_step(a.sizes, a.cells, t)
-    for v in range(0, vectors, per_panel):
-        width = min(per_panel, vectors - v)
+    for v in range(own.hidden[0], own.hidden[1], per_panel):
+        width = min(per_panel, own.hidden[1] - v)
         columns = gates * width
         gh, gh_row, spacing = space + a.tile, columns * VECTOR_BYTES, width * VECTOR_BYTES
         b = 0
@@ -177,40 +180,42 @@ def project(a, t, rows, first, h_new, space, zero):
 
 
 @woven
-def start_states(a, first, last, space, zero):
-    """h0, in both buffers since sequences may join later, and c0."""
+def start_states(a, first, last, own, h, space, zero):
+    """h0, in both buffers since sequences may join later, and c0; of `own` vectors."""
     hidden, outputs = a.sizes.hidden, a.sizes.outputs
     h_row, c_row = padded_bytes(outputs, zero), padded_bytes(hidden, zero)
     for b in range(last - first):
         h0 = state_row(a.sizes, a.h0, first + b)
-        copy_in(space + a.h + b * h_row, h0, outputs, zero)
-        copy_in(space + a.h + (a.sizes.block + b) * h_row, h0, outputs, zero)
+        copy_in_own(h + b * h_row, h0, own.outputs, outputs, zero)
+        copy_in_own(h + (a.sizes.block + b) * h_row, h0, own.outputs, outputs, zero)
         if a.c_n.base != 0:
-            copy_in(space + a.c + b * c_row, state_row(a.sizes, a.c0, first + b), hidden, zero)
+            copy_in_own(space + a.c + b * c_row, state_row(a.sizes, a.c0, first + b), own.hidden, hidden, zero)
 
 
 @woven
-def end_states(a, first, staying, rows, h, space, zero):
+def end_states(a, first, staying, rows, own, h, space, zero):
     """h_n and c_n of the sequences that have met their last step: of `rows`, those that do not stay."""
     hidden, outputs = a.sizes.hidden, a.sizes.outputs
     h_row, c_row = padded_bytes(outputs, zero), padded_bytes(hidden, zero)
     for b in range(staying, rows):
-        copy_out(state_row(a.sizes, a.h_n, first + b), h + b * h_row, outputs, zero)
+        copy_out_own(state_row(a.sizes, a.h_n, first + b), h + b * h_row, own.outputs, outputs, zero)
         if a.c_n.base != 0:
-            copy_out(state_row(a.sizes, a.c_n, first + b), space + a.c + b * c_row, hidden, zero)
+            copy_out_own(state_row(a.sizes, a.c_n, first + b), space + a.c + b * c_row, own.hidden, hidden, zero)
 
 
 @woven
 def forward_sweep(a, first, last, share, gates, separate, cell, zero):
     """Sequences [first, last) through all steps. `gates`, `separate` and `cell` are constants of the kernel."""
     sizes, space = a.sizes, a.workspace + share * a.workspace_bytes
+    own, states = own_units(sizes, units_per_panel(gates), zero), common(a, space) + a.h
     gate_row, h_row = padded_bytes(sizes.hidden, zero), padded_bytes(sizes.outputs, zero)
     load_bias(space + a.b_x, a.b_ih, gates, sizes.hidden, 0 if separate else a.b_hh, zero)
     if separate:
         load_bias(space + a.b_h, a.b_hh, gates, sizes.hidden, 0, zero)
     for block in range(first, last, sizes.block):
         end = min(block + sizes.block, last)
-        start_states(a, block, end, space, zero)
+        start_states(a, block, end, own, states, space, zero)
+        wait_for_members(sizes)
         for chunk in range(0, sizes.steps, sizes.chunk):
             chunk_end = min(chunk + sizes.chunk, sizes.steps)
             n = 0
@@ -220,18 +225,19 @@ def forward_sweep(a, first, last, share, gates, separate, cell, zero):
                 into = space + a.xs + n * padded_bytes(sizes.inputs, zero)
                 gather(sizes, a.x, t, block, rows, sizes.inputs, into, zero)
                 n += rows
-            input_product(a, n, space, gates, zero)
+            input_product(a, n, own, space, gates, zero)
             n = 0
             for s in range(chunk, chunk_end):
                 t = step_order(sizes, s)
                 rows = rows_in(sizes, t, block, end)
-                h_old = space + a.h + (s % 2) * sizes.block * h_row
-                h_new = space + a.h + ((s + 1) % 2) * sizes.block * h_row
+                h_old = states + (s % 2) * sizes.block * h_row
+                h_new = states + ((s + 1) % 2) * sizes.block * h_row
                 gx = space + a.gx + n * gates * gate_row
-                forward_step(a, t, rows, block, gx, h_old, h_new, space, gates, separate, cell, zero)
+                forward_step(a, t, rows, block, own, gx, h_old, h_new, space, gates, separate, cell, zero)
                 if a.w_hr.base != 0:
                     project(a, t, rows, block, h_new, space, zero)
+                wait_for_members(sizes)
                 clear_ended(sizes, a.y, t, block, end, sizes.outputs, zero)
                 staying = rows_in(sizes, step_order(sizes, s + 1), block, end) if s + 1 < sizes.steps else 0
-                end_states(a, block, staying, rows, h_new, space, zero)
+                end_states(a, block, staying, rows, own, h_new, space, zero)
                 n += rows

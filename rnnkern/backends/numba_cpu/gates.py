@@ -43,12 +43,13 @@ def _reduce(x):
 @overload(_reduce)
 def _overload_reduce(x):
     coefficients, ln2_high, ln2_low, _, _ = _constants(x)
-    first, rest = coefficients[0], coefficients[1:]
+    first, second, *rest = coefficients
+    rest = tuple(rest)
 
     def reduce(x):
         n, power = nearest_power(x, _LOG2_E)
         r = fma(n, -ln2_low, fma(n, -ln2_high, x))
-        polynomial = r * 0.0 + first
+        polynomial = fma(r, first, second)
         for coefficient in numba.literal_unroll(rest):
             polynomial = fma(polynomial, r, coefficient)
         return power, fma(polynomial, r * r, r)

@@ -40,6 +40,9 @@ class Sizes(NamedTuple):
     order: int  # (B) int64: the sequence that is b-th longest, where x and y are padded and ragged, or 0
     block: int  # most sequences that a sweep carries at a time
     chunk: int  # steps whose input product is formed, or whose gradients are collected, at a time
+    member: int = 0  # of the threads that go through the steps together, each with a part of the units
+    members: int = 1
+    barrier: int = 0  # address of a function that returns when all of them have called it, or 0
 
 
 class Beside(NamedTuple):

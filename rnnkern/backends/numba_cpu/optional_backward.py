@@ -38,6 +38,7 @@ from rnnkern.backends.numba_cpu.sweep import (
     given_row,
     outer_row,
     outer_step,
+    own_units,
     padded_bytes,
     product,
     rows_in,
@@ -47,6 +48,7 @@ from rnnkern.backends.numba_cpu.sweep import (
 )
 from rnnkern.backends.numba_cpu.tile import MAX_VECTORS
 from rnnkern.backends.numba_cpu.vector import (
+    VECTOR_BYTES,
     broadcast,
     item_bytes,
     load,
@@ -59,7 +61,7 @@ from rnnkern.backends.numba_cpu.vector import (
 @shared
 def shared_product(rows, a, a_row, weight, depth, units, c, c_row, zero):
     """`product`, compiled once for all that call it here."""
-    product(rows, a, a_row, weight, depth, units, c, c_row, zero)
+    product(rows, a, a_row, weight, depth, 0, padded_bytes(units, zero) // VECTOR_BYTES, c, c_row, zero)
 
 
 @woven
@@ -385,6 +387,6 @@ def optional_backward_sweep(
             if a.dx.base != 0:
                 optional_input_gradients(address, chunk, chunk_end, block, end, n, space, gates, zero)
             chunk_end = chunk
-        end_gradients(a, block, end, space, zero)
+        end_gradients(a, block, end, own_units(sizes, MAX_VECTORS, zero), space, zero)
     if a.beside.ln_ih_weight != 0:
         end_norm_sums(a, share, gates, separate, zero)

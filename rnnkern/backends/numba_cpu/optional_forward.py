@@ -29,6 +29,7 @@ from rnnkern.backends.numba_cpu.sweep import (
     given_row,
     outer_row,
     outer_step,
+    own_units,
     padded_bytes,
     rows_in,
     saved_step,
@@ -153,12 +154,13 @@ def optional_forward_sweep(address, first, last, share, activations, gates, sepa
     arguments are constants of the kernel."""
     a = read_operands(address, OptionalForward)
     sizes, space = a.sizes, a.workspace + share * a.workspace_bytes
+    own = own_units(sizes, MAX_VECTORS, zero)
     x_row, h_row = padded_bytes(sizes.inputs, zero), padded_bytes(sizes.outputs, zero)
     g_row = gates * padded_bytes(sizes.hidden, zero)
     start_recurrence(a.step, a.beside, space, gates, separate, sizes.hidden, zero)
     for block in range(first, last, sizes.block):
         end = min(block + sizes.block, last)
-        start_states(a, block, end, space, zero)
+        start_states(a, block, end, own, space + a.h, space, zero)
         for chunk in range(0, sizes.steps, sizes.chunk):
             chunk_end = min(chunk + sizes.chunk, sizes.steps)
             n = 0
@@ -188,5 +190,5 @@ def optional_forward_sweep(address, first, last, share, activations, gates, sepa
                 if a.beside.outer_cells != 0:
                     clear_ended(sizes, a.cells, t, block, end, sizes.hidden, zero)
                 staying = rows_in(sizes, step_order(sizes, s + 1), block, end) if s + 1 < sizes.steps else 0
-                end_states(a, block, staying, rows, h_new, space, zero)
+                end_states(a, block, staying, rows, own, h_new, space, zero)
                 n += rows

@@ -44,6 +44,9 @@ SCALARS = {torch.float32: np.float32, torch.float64: np.float64}
 WORTH_A_THREAD = 1_000_000
 # Nor are more shares than half of the sequences: each reads all the weights.
 LEAST_SEQUENCES = 2
+# Where that leaves half of the threads without work, they go through the steps together, each with some of the units,
+# if a step has so many multiply-adds for each of them: they wait for each other at every step, about a microsecond.
+WORTH_A_BARRIER = 24_000
 # Sequences carried through time together: their states and the products of a step stay in the second cache.
 MOST_SEQUENCES = 64
 # Rows of a chunk: enough for full tiles, few enough for the second cache.
@@ -106,6 +109,7 @@ class Cut:
         self.packed, self.ragged = layer.batch_sizes is not None and layer.order is None, layer.batch_sizes is not None
         self.steps = x.shape[0] if layer.batch_sizes is None else len(layer.batch_sizes)
         self.total = self.steps * self.batch if layer.batch_sizes is None else int(layer.batch_sizes.sum())
+        self.members = 1  # threads that run a share together
         self.shares = self._shares(layer, len(layer.weights))
         self.parts = max((share.place + 1 for share in self.shares), default=1)  # of a direction
         self.most = max((share.last - share.first for share in self.shares), default=1)
@@ -117,6 +121,8 @@ class Cut:
         self.divided = threads > 1  # of several directions each is a share in any case
         parts = -(-threads // directions)
         parts = max(1, min(parts, self.batch, (self.batch + 1) // LEAST_SEQUENCES))
+        if self.divided and 2 * parts * directions <= torch.get_num_threads() and self._can_meet(layer, directions):
+            self.members, parts = torch.get_num_threads() // directions, 1
         edges = [self.batch * part // parts for part in range(parts + 1)]
         if layer.batch_sizes is not None and parts > 1:
             lengths = (layer.batch_sizes.unsqueeze(1) > torch.arange(self.batch, device="cpu")).sum(0)
@@ -124,6 +130,12 @@ class Cut:
             edges[1:-1] = (torch.searchsorted(lengths.cumsum(0), goals) + 1).tolist()  # with the one that crosses it
         spans = [(first, last) for first, last in pairwise(edges) if first < last]
         return [Share(d, *span, place) for d in range(directions) for place, span in enumerate(spans)]
+
+    def _can_meet(self, layer: Layer, directions: int) -> bool:
+        """Whether all of torch's threads may run the sweeps of a call together, and it is worth it."""
+        members, rest = divmod(torch.get_num_threads(), directions)
+        whole = rest == 0 and layer.plain and not self.ragged and layer.weights[0].weight_hr is None
+        return whole and self.batch * self.recurrent * self.outputs >= members * WORTH_A_BARRIER
 
 
 class Plan(Cut):
@@ -205,7 +217,7 @@ class Plan(Cut):
 
     def add_direction(self, operands: Any) -> None:
         """Ends the layout of a direction."""
-        self.at("workspace", "workspace", self.space.take(self.parts, operands.workspace_bytes))
+        self.at("workspace", "workspace", self.space.take(self.parts * self.members, operands.workspace_bytes))
         self.directions.append((array("q", flatten(operands)), self._addresses))
         self._addresses = []
 
@@ -226,9 +238,21 @@ class Plan(Cut):
             self.compiled = True
         alive = (operands, alive)
         if self.packs:
-            parts = range(self.parts)
-            self._run(pack, [(place, self.gates, part, self.parts) for place in places for part in parts], alive)
-        self._run(kernel, [(places[d], first, last, place) for d, first, last, place in self.shares], alive)
+            parts = self.parts * self.members
+            self._run(pack, [(place, self.gates, part, parts) for place in places for part in range(parts)], alive)
+        shares = [(places[d], first, last, place) for d, first, last, place in self.shares]
+        if self.members == 1:
+            self._run(kernel, shares, alive)
+        else:
+            copies = [self._copy(filled, member) for filled in operands for member in range(self.members)]
+            each = [(copy.buffer_info()[0], 0, self.batch, i % self.members) for i, copy in enumerate(copies)]
+            team.run_together(kernel, each, shares, self.zero)
+
+    def _copy(self, filled: "array[int]", member: int) -> "array[int]":
+        """The operands of a direction for one of those that run it together."""
+        copy, at = filled[:], POSITIONS[self.operands]["sizes.member"]
+        copy[at : at + 3] = array("q", (member, self.members, team.BARRIER))
+        return copy
 
     def _run(self, kernel: Any, shares: list[team.Share], alive: object) -> None:
         """Runs the kernel once for each share, on several threads if that is worth it."""

@@ -10,12 +10,20 @@ t, lies at
 
 and a row of what is saved for backward at base + t*step + b*row or, ragged, at base + (starts[t] + b)*row.
 
-A thread runs a whole sweep over its share, sequences [first, last), and shares nothing it writes: no barrier. It
-carries `block` sequences at a time through all steps, so that their states stay in the caches, and takes `chunk` steps
-at a time where something can be done for all of them at once: the product with W_ih, which no step waits for, and in
-backward everything but the recurrence. The rows of a chunk lie one behind the other in the order in which the sweep
-meets them.
+A thread runs a whole sweep over its share, sequences [first, last), and shares nothing it writes: no barrier. Only
+where there are too few sequences for that, several threads are members of one sweep, each with a part of the units: the
+rows that a product takes whole lie in the first one's workspace for all of them, and they wait for each other at every
+step. A thread carries `block` sequences at a time through all steps, so that their states stay in the caches, and takes
+`chunk` steps at a time where something can be done for all of them at once: the product with W_ih, which no step waits
+for, and in backward everything but the recurrence. The rows of a chunk lie one behind the other in the order in which
+the sweep meets them.
 """
+
+from typing import NamedTuple
+
+from llvmlite import ir
+from numba.core import types
+from numba.core.extending import intrinsic
 
 from rnnkern.backends.numba_cpu.jit import inlined, woven
 from rnnkern.backends.numba_cpu.tile import MAX_ROWS, MAX_VECTORS, tile
@@ -88,6 +96,57 @@ def rows_in(sizes, t, first, last):
     return max(0, min(load_int(sizes.counts + 8 * t), last) - first) if sizes.counts != 0 else last - first
 
 
+class Own(NamedTuple):
+    """The vectors [first, last) of rows of each width that are a member's to write."""
+
+    inputs: tuple[int, int]
+    hidden: tuple[int, int]
+    outputs: tuple[int, int]
+
+
+@inlined
+def _own_vectors(sizes, units, per_panel, zero):
+    """Whole panels."""
+    vectors = padded_bytes(units, zero) // VECTOR_BYTES
+    panels = (vectors + per_panel - 1) // per_panel
+    first, last = panels * sizes.member // sizes.members, panels * (sizes.member + 1) // sizes.members
+    return first * per_panel, min(last * per_panel, vectors)
+
+
+@inlined
+def own_units(sizes, per_panel, zero):
+    """What of the units this thread works on."""
+    return Own(
+        _own_vectors(sizes, sizes.inputs, per_panel, zero),
+        _own_vectors(sizes, sizes.hidden, per_panel, zero),
+        _own_vectors(sizes, sizes.outputs, per_panel, zero),
+    )
+
+
+@intrinsic
+def _call(typingctx, function):
+    """Calls a C function without arguments by its address."""
+
+    def codegen(context, builder, sig, args):
+        builder.call(builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), []).as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
+@inlined
+def wait_for_members(sizes):
+    """Waits for the other members, if there are any: what they wrote before can be read now."""
+    if sizes.barrier != 0:
+        _call(sizes.barrier)
+
+
+@inlined
+def common(a, space):
+    """The workspace of rows that all members read."""
+    return a.workspace if a.sizes.members > 1 else space
+
+
 @inlined
 def tile_height(rows, most):
     """Rows of the next tile: as many tiles as needed, of nearly equal height."""
@@ -119,6 +178,20 @@ def copy_out(target, source, units, zero):
 
 
 @inlined
+def copy_in_own(target, source, own, units, zero):
+    """`copy_in` of a member's vectors."""
+    at, first = own[0] * VECTOR_BYTES, own[0] * vector_lanes(zero)
+    copy_in(target + at, behind(source, at), min(own[1] * vector_lanes(zero), units) - first, zero)
+
+
+@inlined
+def copy_out_own(target, source, own, units, zero):
+    """`copy_out` of them."""
+    at, first = own[0] * VECTOR_BYTES, own[0] * vector_lanes(zero)
+    copy_out(target + at, source + at, min(own[1] * vector_lanes(zero), units) - first, zero)
+
+
+@inlined
 def gather(sizes, rows, t, first, count, units, target, zero):
     """The rows of `count` sequences at step t into a workspace."""
     row, step = padded_bytes(units, zero), outer_step(sizes, rows, t)
@@ -138,13 +211,11 @@ def clear_ended(sizes, rows, t, first, last, units, zero):
 
 
 @woven
-def product(rows, a, a_row, weight, depth, units, c, c_row, zero):
+def product(rows, a, a_row, weight, depth, first, last, c, c_row, zero):
     """c (rows, units) += a (rows, depth) @ weight (depth, units), packed by its depth, or in place where its units are
-    whole vectors."""
-    lanes = vector_lanes(zero)
-    vectors = (units + lanes - 1) // lanes
-    for v in range(0, vectors, MAX_VECTORS):
-        width = min(MAX_VECTORS, vectors - v)
+    whole vectors; of vectors [first, last) of the units, which are whole panels."""
+    for v in range(first, last, MAX_VECTORS):
+        width = min(MAX_VECTORS, last - v)
         packed = weight.panels != 0
         panel = weight.panels + v * depth * VECTOR_BYTES if packed else weight.base + v * VECTOR_BYTES
         panel_row = width * VECTOR_BYTES if packed else weight.row

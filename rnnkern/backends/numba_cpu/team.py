@@ -11,13 +11,18 @@ Where there is no such entry (other runtimes), and in a forked child, which no O
 do the work (pool.py). Numba's parallel layers are not used: its workqueue aborts the process on concurrent calls, and
 its OpenMP layer kills forked children.
 
-The work of a call, as `take_shares` reads it, is an array of integers:
+Where there are fewer sequences than threads, all threads run one share together: each gets a copy of it that names its
+part, and they meet at the team's barrier.
+
+The work of a call, as `take_shares` and `take_own` read it, is an array of integers:
 
     the number of the next share, which each thread counts up as it takes one
     the number of shares
     the address of the compiled kernel
     1 if it takes a float64, 0 if a float32
-    and for each share its four arguments
+    the addresses of omp_get_num_threads and omp_get_thread_num
+    the number of shares that one thread runs if the team is not complete
+    and for each share its four arguments, those for one thread last
 """
 
 import ctypes
@@ -36,10 +41,10 @@ from numba.core.extending import intrinsic
 
 from rnnkern import forks
 from rnnkern.backends.numba_cpu import pool
-from rnnkern.backends.numba_cpu.jit import address, kernel
+from rnnkern.backends.numba_cpu.jit import address, inlined, kernel
 
 Share = tuple[int, int, int, int]
-_HEAD = 4  # integers in front of the first share
+_HEAD = 7  # integers in front of the first share
 
 
 @intrinsic
@@ -76,30 +81,59 @@ def call(typingctx, function, a, b, c, d, zero):
     return types.void(*[types.int64] * 5, zero), codegen
 
 
+@intrinsic
+def ask(typingctx, function):
+    """What a C function without arguments returns, an int."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(ir.IntType(32), [])
+        return builder.sext(builder.call(builder.inttoptr(args[0], kind.as_pointer()), []), ir.IntType(64))
+
+    return types.int64(types.int64), codegen
+
+
+@inlined
+def take(work, share):
+    at = _HEAD + 4 * share
+    a, b, c, d = integer(work, at), integer(work, at + 1), integer(work, at + 2), integer(work, at + 3)
+    if integer(work, 3) == 1:
+        call(integer(work, 2), a, b, c, d, numba.float64(0))
+    else:
+        call(integer(work, 2), a, b, c, d, numba.float32(0))
+
+
 @kernel
 def take_shares(work):
     while True:
         share = next_share(work)
         if share >= integer(work, 1):
             return
-        at = _HEAD + 4 * share
-        a, b, c, d = integer(work, at), integer(work, at + 1), integer(work, at + 2), integer(work, at + 3)
-        if integer(work, 3) == 1:
-            call(integer(work, 2), a, b, c, d, numba.float64(0))
-        else:
-            call(integer(work, 2), a, b, c, d, numba.float32(0))
+        take(work, share)
 
 
-def _entry() -> Callable[..., None] | None:
-    """GOMP_parallel(function, its argument, threads, flags) as torch's libraries find it: the first one that all of the
-    process can see."""
-    enter = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if os.name == "posix" else None
-    if enter is not None:
-        enter.argtypes, enter.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-    return enter
+@kernel
+def take_own(work):
+    own, members = ask(integer(work, 5)), integer(work, 1)
+    if ask(integer(work, 4)) == members:
+        take(work, own)
+    elif own == 0:
+        for share in range(members, members + integer(work, 6)):
+            take(work, share)
 
 
-_enter = _entry()
+def _entries(*names: str) -> list[Any]:
+    """Functions of the OpenMP runtime as torch's libraries find them: the first ones that all of the process can see;
+    none if one is missing."""
+    found = [getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None for name in names]
+    return [] if None in found else found
+
+
+_runtime = _entries("GOMP_parallel", "GOMP_barrier", "omp_get_num_threads", "omp_get_thread_num")
+_enter: Callable[..., None] | None = _runtime[0] if _runtime else None
+if _enter is not None:  # (function, its argument, threads, flags)
+    _enter.argtypes, _enter.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None  # type: ignore[attr-defined]
+# Addresses of a function that returns when all threads of a team have called it, and of the two that `ask` asks.
+BARRIER, *_TEAM = [ctypes.cast(entry, ctypes.c_void_p).value or 0 for entry in _runtime[1:]] or [0, 0, 0]
 
 
 def run(kernel: Any, shares: Sequence[Share], zero: Any, alive: object) -> None:
@@ -108,11 +142,27 @@ def run(kernel: Any, shares: Sequence[Share], zero: Any, alive: object) -> None:
     if _enter is None or forks.forked:
         pool.run([partial(_task, kernel, share, zero, alive) for share in shares])
         return
-    work = array("q", (0, len(shares), address(kernel, 4, zero), isinstance(zero, np.float64)))
-    for share in shares:
+    _go(take_shares, kernel, shares, (), zero)
+
+
+def run_together(kernel: Any, shares: Sequence[Share], alone: Sequence[Share], zero: Any) -> None:
+    """Runs the kernel once on each of torch's threads, with the share of that number; or where there are not as many
+    threads as shares, in a region of somebody else's or without OpenMP, `alone` on one."""
+    if _enter is None or forks.forked:
+        for share in alone:
+            kernel(*share, zero)
+    else:
+        _go(take_own, kernel, shares, alone, zero)
+
+
+def _go(taking: Any, kernel: Any, shares: Sequence[Share], alone: Sequence[Share], zero: Any) -> None:
+    """Enters a parallel region."""
+    head = (0, len(shares), address(kernel, 4, zero), isinstance(zero, np.float64), *_TEAM, len(alone))
+    work = array("q", head)
+    for share in (*shares, *alone):
         work.extend(share)
     # always all threads, as torch does: some runtimes end those that are too many for a region
-    _enter(address(take_shares, 1), work.buffer_info()[0], torch.get_num_threads(), 0)
+    _enter(address(taking, 1), work.buffer_info()[0], torch.get_num_threads(), 0)  # type: ignore[misc]
 
 
 def _task(kernel: Any, share: Share, zero: Any, alive: object) -> None:

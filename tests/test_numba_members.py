@@ -1,0 +1,178 @@
+"""Threads that run one sweep together, each with a part of the units, where there are too few sequences."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+import rnnkern
+from rnnkern.backends import Layer
+from rnnkern.backends.numba_cpu import plans, team
+from rnnkern.cells import TORCH_CELLS
+from tests.numba_support import (
+    FORKS,
+    LIMIT,
+    Parts,
+    bitwise_equal,
+    difference,
+    forget_plans,
+    oracle,
+    plan_constants,
+    random_layer,
+    sweeps,
+)
+
+
+@pytest.fixture
+def members(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """However little there is to do for each, threads run single sequences together; the list holds how many did."""
+    counts: list[int] = []
+    run_together = team.run_together
+
+    def counted(kernel: Any, shares: Any, *rest: Any) -> None:
+        counts.append(len(shares))
+        run_together(kernel, shares, *rest)
+
+    monkeypatch.setattr(team, "run_together", counted)
+    with plan_constants(WORTH_A_THREAD=1, WORTH_A_BARRIER=0):
+        yield counts
+
+
+# Units: one vector, so that all but one have nothing to do; rests of vectors and of panels; whole panels. Steps: one,
+# and several chunks, the last one not whole.
+SIZES: list[dict[str, Any]] = [
+    {"steps": 1, "hidden": 5},
+    {"steps": 4, "hidden": 37, "inputs": 70},
+    {"steps": 150, "hidden": 64, "inputs": 16, "batch": 2},
+    {"steps": 9, "hidden": 131, "inputs": 33, "bias": False},
+]
+
+
+def layers(cell: str, directions: int) -> list[Layer]:
+    """Calls of few sequences."""
+    return [random_layer(cell, directions=directions, scale=0.3, **{"batch": 1, **sizes}) for sizes in SIZES]
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("cell", TORCH_CELLS)
+def test_the_same_bits_as_on_one_thread(
+    cell: str, directions: int, threads: Callable[[int], None], members: list[int]
+) -> None:
+    """Of weights' gradients too: there is but one sum."""
+    for layer in layers(cell, directions):
+        threads(1)
+        alone = sweeps(layer)
+        assert difference(alone, oracle(layer)) < LIMIT[torch.float64]
+        for count in (4, 6):
+            threads(count)
+            assert plans.Cut(layer).members == count // directions
+            members.clear()
+            for _ in range(2):
+                assert bitwise_equal(sweeps(layer), alone)
+            assert members == [count] * 4
+
+
+def test_a_batch_is_cut_into_sequences_where_there_are_enough(
+    threads: Callable[[int], None], members: list[int]
+) -> None:
+    threads(4)
+    for batch, together in ((4, 4), (5, 1), (8, 1)):
+        cut = plans.Cut(random_layer("gru", batch=batch, directions=1))
+        assert (cut.members, len(cut.shares) > 1) == (together, together == 1)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [{"lengths": [5]}, {"batch_sizes": [1, 1, 1]}, {"outputs": 3}, {"directions": 2, "count": 3}, {"small": True}],
+    ids=["lengths", "packed", "projected", "no whole number for each direction", "little to do"],
+)
+def test_calls_that_nobody_runs_together(
+    form: dict[str, Any], threads: Callable[[int], None], members: list[int]
+) -> None:
+    threads(form.pop("count", 2))
+    small = form.pop("small", False)
+    layer = random_layer("lstm", **{"batch": 1, "directions": 1, **form})
+    with plan_constants(WORTH_A_THREAD=1, WORTH_A_BARRIER=10_000 if small else 0):
+        assert plans.Cut(layer).members == 1
+        assert difference(sweeps(layer), oracle(layer)) < LIMIT[torch.float64]
+    assert not members
+
+
+def test_layers_with_options_are_not_run_together(threads: Callable[[int], None], members: list[int]) -> None:
+    threads(2)
+    layer = rnnkern.LSTM(4, 40, layer_norm=True)
+    layer(torch.randn(5, 1, 4))[0].sum().backward()
+    assert not members
+    layer = rnnkern.LSTM(4, 40)
+    layer(torch.randn(5, 1, 4))[0].sum().backward()
+    assert members
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there OMP_THREAD_LIMIT is known to be heard")
+def test_a_team_that_is_not_complete() -> None:
+    """One thread does all, and none waits for those that never came."""
+    script = """
+import torch, rnnkern
+from rnnkern.backends.numba_cpu import plans, team
+plans.WORTH_A_THREAD = plans.WORTH_A_BARRIER = 1
+layer, x = rnnkern.GRU(4, 40), torch.randn(9, 1, 4)
+torch.set_num_threads(1)
+want = layer(x)[0]
+calls, run_together = [], team.run_together
+team.run_together = lambda *a: (calls.append(a), run_together(*a))
+torch.set_num_threads(4)
+for _ in range(3):
+    y = layer(x)[0]
+    assert torch.equal(y, want)
+    y.sum().backward()
+assert len(calls) == 6
+"""
+    for limit in ("1", "3"):
+        environment = {**os.environ, "OMP_THREAD_LIMIT": limit}
+        subprocess.run([sys.executable, "-c", script], check=True, timeout=100, env=environment)
+
+
+def test_without_torchs_threads(
+    threads: Callable[[int], None], members: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads(2)
+    (*_, layer) = layers("lstm", 1)
+    want = sweeps(layer)
+    monkeypatch.setattr(team, "_enter", None)
+    forget_plans()
+    assert bitwise_equal(sweeps(layer), want)
+
+
+def test_concurrent_calls(threads: Callable[[int], None], members: list[int]) -> None:
+    """Each has a team of its own."""
+    threads(2)
+    calls = [layer for cell in TORCH_CELLS for layer in layers(cell, 1)]
+    wanted = [sweeps(layer) for layer in calls]
+    with ThreadPoolExecutor(3) as executor:
+        found = list(executor.map(sweeps, calls * 2))
+    assert all(bitwise_equal(got, want) for got, want in zip(found, wanted * 2, strict=True))
+
+
+def _in_child(layer: Layer, want: Parts, answers: Any) -> None:
+    answers.put(bitwise_equal(sweeps(layer), want))
+
+
+@FORKS
+def test_in_a_forked_child(threads: Callable[[int], None], members: list[int]) -> None:
+    """It would wait for ever for the threads of its parent's team."""
+    threads(2)
+    layer = layers("gru", 1)[1]  # so small that torch compares its tensors on one thread
+    want = sweeps(layer)
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=_in_child, args=(layer, want, answers))
+    child.start()
+    assert answers.get(timeout=60)
+    child.join(60)
+    assert child.exitcode == 0
