@@ -94,8 +94,10 @@ def test_sizes_around_the_blocks_there_are(cell: str, dtype: torch.dtype) -> Non
 def test_numbers_of_rows_around_weights_in_place(cell: str, dtype: torch.dtype) -> None:
     """Of sizes that are whole vectors, where backward reads in place too, and of others."""
     lanes, most = VECTOR_BYTES // torch.finfo(dtype).bits * 8, plans.ROWS_IN_PLACE
+    backward = plans.BACKWARD_ROWS_IN_PLACE
     sizes = [(lanes, 2 * lanes, lanes), (lanes, lanes + 1, lanes), (lanes + 1, 5 * lanes, 3), (3, 5, 2)]
     rows = [(1, 1), (1, most), (1, most + 1), (most, 1), (most + 1, 1), (most // 2, 2), (most // 2 + 1, 2)]
+    rows += [(1, backward), (1, backward + 1), (backward // 2, 2), (backward // 2 + 1, 2)]
     for (steps, batch), (inputs, hidden, outputs) in product(rows, sizes):
         for projected in {None, outputs if TORCH_CELLS[cell].has_c else None}:
             layer = random_layer(
@@ -108,9 +110,11 @@ def test_numbers_of_rows_around_weights_in_place(cell: str, dtype: torch.dtype) 
         check(random_layer(cell, steps=max(lengths), batch=3, lengths=lengths, inputs=lanes, hidden=lanes, dtype=dtype))
 
 
-@pytest.mark.parametrize("rows", [plans.ROWS_IN_PLACE, plans.ROWS_IN_PLACE + 1])
-def test_where_weights_are_read_in_place(rows: int) -> None:
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("most", [plans.ROWS_IN_PLACE, plans.BACKWARD_ROWS_IN_PLACE])
+def test_where_weights_are_read_in_place(most: int, more: int) -> None:
     """What the sizes above rest on."""
+    rows = most + more
     lanes = VECTOR_BYTES // 8
     layer = random_layer("lstm", steps=rows, batch=1, inputs=lanes, hidden=2 * lanes, outputs=lanes, directions=1)
     states = numba_cpu.forward(layer, save=True)
@@ -119,7 +123,7 @@ def test_where_weights_are_read_in_place(rows: int) -> None:
     names: dict[str, Tensor | None] = dict.fromkeys(("dy", "dh_n", "dc_n", "dh0", "dc0", "dx0"))
     names |= dict.fromkeys(f"d{name}0" for name in plans.WEIGHTS)
     backward = plans.BackwardPlan(layer, states.saved, names)
-    assert backward.packs == (rows > plans.ROWS_IN_PLACE)
+    assert backward.packs == (rows > plans.BACKWARD_ROWS_IN_PLACE)
     odd = layer._replace(
         x=layer.x[..., :-1], weights=tuple(w._replace(weight_ih=w.weight_ih[:, :-1]) for w in layer.weights)
     )

@@ -54,6 +54,8 @@ CHUNK_ROWS = 64
 BACKWARD_CHUNK_ROWS = 128
 # Up to so many rows in all, reading the weights in place costs less than packing them first.
 ROWS_IN_PLACE = 16
+# Backward, where packing only moves rows of a weight together, and those of whole vectors may stay.
+BACKWARD_ROWS_IN_PLACE = 128
 
 
 def positions(kind: Any, prefix: str = "", start: int = 0) -> dict[str, int]:
@@ -324,8 +326,8 @@ class BackwardPlan(Plan):
             self.add_direction(self._direction(layer, saved, tensors, d, weights))
 
     def _panels(self, units: int, depth: int) -> int:
-        """Packing here only moves rows together; where there are few and they are whole vectors, they may stay."""
-        if self.total <= ROWS_IN_PLACE and units * self.item % VECTOR_BYTES == 0:
+        """Of a weight's panels; 0 where it may stay as it is."""
+        if self.total <= BACKWARD_ROWS_IN_PLACE and units * self.item % VECTOR_BYTES == 0:
             return 0
         self.packs = True
         return self.width(units) * depth
