@@ -44,10 +44,10 @@ def members(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         yield counts
 
 
-# Units: one vector, so that all but one have nothing to do; rests of vectors and of panels; whole panels. Steps: one,
-# and several chunks, the last one not whole.
+# Units: two panels of backward, so that some have nothing to do; rests of vectors and of panels; whole panels. Steps:
+# one, and several chunks, the last one not whole.
 SIZES: list[dict[str, Any]] = [
-    {"steps": 1, "hidden": 5},
+    {"steps": 1, "hidden": 33},
     {"steps": 4, "hidden": 37, "inputs": 70},
     {"steps": 150, "hidden": 64, "inputs": 16, "batch": 2},
     {"steps": 9, "hidden": 131, "inputs": 33, "bias": False},
@@ -82,23 +82,31 @@ def test_a_batch_is_cut_into_sequences_where_there_are_enough(
     threads: Callable[[int], None], members: list[int]
 ) -> None:
     threads(4)
-    for batch, together in ((4, 4), (5, 1), (8, 1)):
-        cut = plans.Cut(random_layer("gru", batch=batch, directions=1))
+    for batch, together in ((1, 4), (2, 4), (4, 1), (8, 1)):
+        cut = plans.Cut(random_layer("gru", batch=batch, hidden=131, directions=1))
         assert (cut.members, len(cut.shares) > 1) == (together, together == 1)
 
 
 @pytest.mark.parametrize(
     "form",
-    [{"lengths": [5]}, {"batch_sizes": [1, 1, 1]}, {"outputs": 3}, {"directions": 2, "count": 3}, {"small": True}],
-    ids=["lengths", "packed", "projected", "no whole number for each direction", "little to do"],
+    [
+        {"lengths": [5]},
+        {"batch_sizes": [1, 1, 1]},
+        {"outputs": 130},
+        {"directions": 2, "count": 3},
+        {"hidden": 5},
+        {"WORTH_A_BARRIER": 100_000},
+        {"WORTH_A_THREAD": 200_000},
+    ],
+    ids=lambda form: ", ".join(form),
 )
 def test_calls_that_nobody_runs_together(
     form: dict[str, Any], threads: Callable[[int], None], members: list[int]
 ) -> None:
-    threads(form.pop("count", 2))
-    small = form.pop("small", False)
-    layer = random_layer("lstm", **{"batch": 1, "directions": 1, **form})
-    with plan_constants(WORTH_A_THREAD=1, WORTH_A_BARRIER=10_000 if small else 0):
+    sizes = {name: form[name] for name in form if name.islower() and name != "count"}
+    layer = random_layer("lstm", **{"batch": 1, "hidden": 131, "directions": 1, "scale": 0.3, **sizes})
+    threads(form.get("count", 2))
+    with plan_constants(**{name: form[name] for name in form if name.isupper()}):
         assert plans.Cut(layer).members == 1
         assert difference(sweeps(layer), oracle(layer)) < LIMIT[torch.float64]
     assert not members
@@ -106,10 +114,10 @@ def test_calls_that_nobody_runs_together(
 
 def test_layers_with_options_are_not_run_together(threads: Callable[[int], None], members: list[int]) -> None:
     threads(2)
-    layer = rnnkern.LSTM(4, 40, layer_norm=True)
+    layer = rnnkern.LSTM(4, 80, layer_norm=True)
     layer(torch.randn(5, 1, 4))[0].sum().backward()
     assert not members
-    layer = rnnkern.LSTM(4, 40)
+    layer = rnnkern.LSTM(4, 80)
     layer(torch.randn(5, 1, 4))[0].sum().backward()
     assert members
 
@@ -121,7 +129,7 @@ def test_a_team_that_is_not_complete() -> None:
 import torch, rnnkern
 from rnnkern.backends.numba_cpu import plans, team
 plans.WORTH_A_THREAD = plans.WORTH_A_BARRIER = 1
-layer, x = rnnkern.GRU(4, 40), torch.randn(9, 1, 4)
+layer, x = rnnkern.GRU(4, 80), torch.randn(9, 1, 4)
 torch.set_num_threads(1)
 want = layer(x)[0]
 calls, run_together = [], team.run_together

@@ -98,7 +98,7 @@ def weight_gradients(a, rows, share, own, fresh, space, gates, zero):
     """Adds what the rows of a chunk give to the gradients of weights and biases: of all units, for the sums of this
     share, or of a member's units, for the only sum there is."""
     item, hidden = item_bytes(zero), a.sizes.hidden
-    recurrent, sum_of = gates * hidden, 0 if a.sizes.members > 1 else share
+    recurrent, sum_of = gates * hidden, 0 if a.sizes.members > 1 else share  # a member's share is its number
     for gate in range(gates if a.sizes.members > 1 else 1):
         first = gate * hidden + own.hidden[0] * vector_lanes(zero)
         last = min(gate * hidden + own.hidden[1] * vector_lanes(zero), (gate + 1) * hidden)

@@ -194,7 +194,7 @@ class Forward(NamedTuple):
     w_hr: Matrix  # (P, H), or none
     b_ih: int  # (G*H), or 0
     b_hh: int  # (G*H), or 0
-    workspace: int  # (shares, workspace_bytes)
+    workspace: int  # (shares or members, workspace_bytes)
     workspace_bytes: int
     b_x: int  # offset of (G, W): what the input product starts from
     b_h: int  # offset of (G, W): what the recurrent product starts from, where the cell keeps the two apart

@@ -44,9 +44,11 @@ SCALARS = {torch.float32: np.float32, torch.float64: np.float64}
 WORTH_A_THREAD = 1_000_000
 # Nor are more shares than half of the sequences: each reads all the weights.
 LEAST_SEQUENCES = 2
-# Where that leaves half of the threads without work, they go through the steps together, each with some of the units,
-# if a step has so many multiply-adds for each of them: they wait for each other at every step, about a microsecond.
+# Threads may also go through the steps together, each with some of the units, and wait for each other at every step,
+# which takes about a microsecond for two. It is worth it if a step has so many multiply-adds for each of them,
 WORTH_A_BARRIER = 24_000
+# and they get so many times further than as many shares as the sequences make: panels do not divide evenly.
+WORTH_TOGETHER = 1.5
 # Sequences carried through time together: their states and the products of a step stay in the second cache.
 MOST_SEQUENCES = 64
 # Rows of a chunk: enough for full tiles, few enough for the second cache.
@@ -123,8 +125,8 @@ class Cut:
         self.divided = threads > 1  # of several directions each is a share in any case
         parts = -(-threads // directions)
         parts = max(1, min(parts, self.batch, (self.batch + 1) // LEAST_SEQUENCES))
-        if self.divided and 2 * parts * directions <= torch.get_num_threads() and self._can_meet(layer, directions):
-            self.members, parts = torch.get_num_threads() // directions, 1
+        if self.divided and threads == torch.get_num_threads() and self._go_together(layer, directions, parts):
+            self.members, parts = threads // directions, 1
         edges = [self.batch * part // parts for part in range(parts + 1)]
         if layer.batch_sizes is not None and parts > 1:
             lengths = (layer.batch_sizes.unsqueeze(1) > torch.arange(self.batch, device="cpu")).sum(0)
@@ -133,11 +135,15 @@ class Cut:
         spans = [(first, last) for first, last in pairwise(edges) if first < last]
         return [Share(d, *span, place) for d in range(directions) for place, span in enumerate(spans)]
 
-    def _can_meet(self, layer: Layer, directions: int) -> bool:
-        """Whether all of torch's threads may run the sweeps of a call together, and it is worth it."""
+    def _go_together(self, layer: Layer, directions: int, parts: int) -> bool:
+        """Whether all of torch's threads can run the sweeps of a call together, and that beats `parts` of the batch."""
         members, rest = divmod(torch.get_num_threads(), directions)
-        whole = rest == 0 and layer.plain and not self.ragged and layer.weights[0].weight_hr is None
-        return whole and self.batch * self.recurrent * self.outputs >= members * WORTH_A_BARRIER
+        if rest or not layer.plain or self.ragged or layer.weights[0].weight_hr is not None or not team.can_meet():
+            return False
+        panels = -(-self.outputs * self.item // (MAX_VECTORS * VECTOR_BYTES))  # of backward, which are the larger ones
+        faster = panels / -(-panels // members)
+        step = self.batch * self.recurrent * self.outputs
+        return faster >= WORTH_TOGETHER * parts and step >= members * WORTH_A_BARRIER
 
 
 class Plan(Cut):
@@ -246,9 +252,10 @@ class Plan(Cut):
         if self.members == 1:
             self._run(kernel, shares, alive)
         else:
+            # held until all are done: the threads are told where they lie
             copies = [self._copy(filled, member) for filled in operands for member in range(self.members)]
             each = [(copy.buffer_info()[0], 0, self.batch, i % self.members) for i, copy in enumerate(copies)]
-            team.run_together(kernel, each, shares, self.zero)
+            team.run_together(kernel, each, shares, self.zero, (copies, alive))
 
     def _copy(self, filled: "array[int]", member: int) -> "array[int]":
         """The operands of a direction for one of those that run it together."""

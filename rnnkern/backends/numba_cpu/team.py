@@ -11,18 +11,18 @@ Where there is no such entry (other runtimes), and in a forked child, which no O
 do the work (pool.py). Numba's parallel layers are not used: its workqueue aborts the process on concurrent calls, and
 its OpenMP layer kills forked children.
 
-Where there are fewer sequences than threads, all threads run one share together: each gets a copy of it that names its
-part, and they meet at the team's barrier.
+Where there are few sequences for the threads, all of them may run one share together (sweep.py): each takes a copy of
+its own, and they wait for each other at the team's barrier.
 
 The work of a call, as `take_shares` and `take_own` read it, is an array of integers:
 
-    the number of the next share, which each thread counts up as it takes one
+    the number of the next share, which each thread of `take_shares` counts up as it takes one
     the number of shares
     the address of the compiled kernel
     1 if it takes a float64, 0 if a float32
     the addresses of omp_get_num_threads and omp_get_thread_num
-    the number of shares that one thread runs if the team is not complete
-    and for each share its four arguments, those for one thread last
+    for `take_own`, how many more shares there are, which one thread runs if the team is not complete
+    and for each share its four arguments
 """
 
 import ctypes
@@ -139,20 +139,24 @@ BARRIER, *_TEAM = [ctypes.cast(entry, ctypes.c_void_p).value or 0 for entry in _
 def run(kernel: Any, shares: Sequence[Share], zero: Any, alive: object) -> None:
     """Runs the kernel once for each share, on as many threads as torch has. `alive` is the memory that they use, which
     threads of our own hold even if the caller is interrupted while they run."""
-    if _enter is None or forks.forked:
+    if not can_meet():
         pool.run([partial(_task, kernel, share, zero, alive) for share in shares])
         return
     _go(take_shares, kernel, shares, (), zero)
 
 
-def run_together(kernel: Any, shares: Sequence[Share], alone: Sequence[Share], zero: Any) -> None:
-    """Runs the kernel once on each of torch's threads, with the share of that number; or where there are not as many
-    threads as shares, in a region of somebody else's or without OpenMP, `alone` on one."""
-    if _enter is None or forks.forked:
-        for share in alone:
-            kernel(*share, zero)
-    else:
+def can_meet() -> bool:
+    """Whether there is a team, and it has a barrier."""
+    return _enter is not None and not forks.forked
+
+
+def run_together(kernel: Any, shares: Sequence[Share], alone: Sequence[Share], zero: Any, alive: object) -> None:
+    """Runs the kernel once on each of torch's threads, with the share of that number; `alone` where there are not as
+    many threads as shares, in a region of somebody else's, or no team any more."""
+    if can_meet():
         _go(take_own, kernel, shares, alone, zero)
+    else:
+        run(kernel, alone, zero, alive)
 
 
 def _go(taking: Any, kernel: Any, shares: Sequence[Share], alone: Sequence[Share], zero: Any) -> None:
