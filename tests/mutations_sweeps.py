@@ -152,9 +152,9 @@ OF_SWEEPS = [
                 "y, state = y_step + (first + r) * a.y.row",
             ),
             "y: lanes past the last unit written": ("store_part(y + at, out, zero, count)", "store(y + at, out)"),
-            "a dot product starts from the last one's sum": (
-                "store(c + r * c_row + column * c_column, load(c0 + r * c0_row + column * c0_column, zero) + dots)",
-                "store(c + r * c_row + column * c_column, load(c0 + column * c0_column, zero) + dots)",
+            "a row's dot products start from the first one's sums": (
+                "c0 + column * c0_column, c0_row, c + column",
+                "c0 + column * c0_column, 0, c + column",
             ),
         },
     ),

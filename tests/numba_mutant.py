@@ -25,7 +25,11 @@ from torch import Tensor
 INFINITE = float("inf")
 ROOT = Path(__file__).parent.parent
 # Blocks and chunks as they are, and of few sequences and few steps.
-CUTS: tuple[dict[str, int], ...] = ({}, {"MOST_SEQUENCES": 2, "CHUNK_ROWS": 4, "BACKWARD_CHUNK_ROWS": 5})
+# Weights are read in place only in calls of few rows.
+CUTS: tuple[dict[str, int], ...] = (
+    {"ROWS_IN_PLACE": 16},
+    {"ROWS_IN_PLACE": 16, "MOST_SEQUENCES": 2, "CHUNK_ROWS": 4, "BACKWARD_CHUNK_ROWS": 5},
+)
 
 
 def _mode() -> int:
@@ -156,7 +160,7 @@ def members(cell: str) -> float:
     forms = [random_layer(cell, directions=directions, **sizes) for directions in (1, 2)]
     with (
         mock.patch.object(torch, "get_num_threads", return_value=4),
-        plan_constants(WORTH_A_THREAD=1, WORTH_A_BARRIER=0, CHUNK_ROWS=2, BACKWARD_CHUNK_ROWS=2),
+        plan_constants(WORTH_A_THREAD=1, WORTH_A_BARRIER=0, CHUNK_ROWS=2, BACKWARD_CHUNK_ROWS=2, ROWS_IN_PLACE=0),
     ):
         return max(difference(sweeps(layer), oracle(layer)) for layer in forms)
 

@@ -83,7 +83,8 @@ def layer_forms(cell: str, dtype: torch.dtype = torch.float64) -> list[Layer]:
         "outputs": 16 if CELLS[cell].has_c else None,
     }  # whole ones on any machine
     whole = random_layer(cell, steps=3, batch=4, **vectors, scale=0.2, dtype=dtype, seed=5)  # type: ignore[arg-type]
-    forms = [random_layer(cell, dtype=dtype), packed, lengths, whole]
+    many = random_layer(cell, steps=14, batch=5, hidden=11, scale=0.5, dtype=dtype, seed=6)
+    forms = [random_layer(cell, dtype=dtype), many, packed, lengths, whole]
     if CELLS[cell].has_c:
         forms.append(random_layer(cell, outputs=3, batch_sizes=[5, 3, 3], dtype=dtype, seed=2))
         some = [6, 3, 6, 1, 5]

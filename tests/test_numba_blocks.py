@@ -12,7 +12,7 @@ import pytest
 from rnnkern.backends.numba_cpu import blocks
 from rnnkern.backends.numba_cpu.operands import Matrix
 from rnnkern.backends.numba_cpu.tile import MAX_VECTORS
-from rnnkern.backends.numba_cpu.vector import VECTOR_BYTES, store
+from rnnkern.backends.numba_cpu.vector import VECTOR_BYTES
 from tests.numba_support import before_a_forbidden_page
 
 Array = npt.NDArray[Any]
@@ -26,8 +26,8 @@ def _transpose_block(source, source_row, units, depth, target, target_row, zero)
 
 
 @numba.njit
-def _dot_units(w, w_row, units, a, depth, target, zero):  # type: ignore[no-untyped-def]
-    store(target, blocks.dot_units(w, w_row, units, a, depth, zero))
+def _dot_units(rows, w, w_row, units, a, a_row, depth, target, target_row, zero):  # type: ignore[no-untyped-def]
+    blocks.dot_units(rows, w, w_row, units, a, a_row, depth, target, target_row, target, target_row, zero)
 
 
 @numba.njit
@@ -93,34 +93,45 @@ def test_transpose_block(dtype: Any) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dot_units(dtype: Any) -> None:
-    """Of every number of units and depths with every rest."""
+    """Of every number of units and rows, and depths with every rest."""
     lanes = lanes_of(dtype)
     for units in (*range(1, lanes + 1), 3 * lanes):
         for depth in (*range(1, 2 * lanes + 2), 101):
-            a = draw(dtype, 1, depth)
+            rows = (units + depth) % 7 + 1
+            a = draw(dtype, rows, depth)
             for w, factors in zip(matrices(draw(dtype, units, depth)), matrices(a), strict=True):
-                around = np.full(lanes + 8, GUARD, dtype)
+                around = np.full((rows + 2, lanes + 8), GUARD, dtype)
+                target = around[1:-1, 4:-4]
+                target[:] = 1
                 _dot_units(
-                    w.ctypes.data, w.strides[0], units, factors.ctypes.data, depth, around[4:].ctypes.data, dtype(0)
+                    rows, w.ctypes.data, w.strides[0], units, factors.ctypes.data, factors.strides[0], depth,
+                    target.ctypes.data, target.strides[0], dtype(0),
+                )  # fmt: skip
+                want = 1 + a.astype(np.float64) @ w[:lanes].astype(np.float64).T
+                tolerance = (depth + 2) * np.finfo(dtype).eps
+                np.testing.assert_allclose(
+                    target[:, :units], want, atol=tolerance, err_msg=f"{rows} rows, {units} units, depth {depth}"
                 )
-                want = w[:lanes].astype(np.float64) @ a[0].astype(np.float64)
-                tolerance = (depth + 1) * np.finfo(dtype).eps
-                np.testing.assert_allclose(around[4:-4][:units], want, atol=tolerance, err_msg=f"{units}, {depth}")
-                assert (around[:4] == GUARD).all()
-                assert (around[-4:] == GUARD).all()
+                target[:] = GUARD
+                assert (around == GUARD).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dot_units_adds_in_an_order_of_its_own(dtype: Any) -> None:
-    """A unit's sum depends neither on the others nor on how many there are."""
+    """A unit's sum depends neither on the others, nor on how many there are, nor on the number of rows."""
     lanes = lanes_of(dtype)
     unit, a = draw(dtype, 67), draw(dtype, 1, 67)
     found = set()
     for units in range(1, lanes + 1):
-        w, target = np.full((units, 67), np.nan, dtype), np.empty(lanes, dtype)
+        w = np.full((units, 67), np.nan, dtype)
         w[units // 2] = unit
-        _dot_units(w.ctypes.data, w.strides[0], units, a.ctypes.data, 67, target.ctypes.data, dtype(0))
-        found.add(target[units // 2].tobytes())
+        for rows in range(1, 8):
+            several, target = np.repeat(a, rows, 0), np.zeros((rows, lanes), dtype)
+            _dot_units(
+                rows, w.ctypes.data, w.strides[0], units, several.ctypes.data, several.strides[0], 67,
+                target.ctypes.data, target.strides[0], dtype(0),
+            )  # fmt: skip
+            found |= {number.tobytes() for number in target[:, units // 2]}
     assert len(found) == 1
 
 

@@ -1,8 +1,8 @@
 """Squares of vectors: as many vectors as one has lanes. Transposed, they turn rows of a weight into a panel; summed
 along their lanes, they are dot products with rows of a weight that is read where it lies.
 
-A panel costs a pass over the weight before the first step. Where a call has few rows that pass would take longer than
-the products, and `dot_units` does without it: lane u of its result is the sum over k of w[u, k] * a[k].
+A panel costs a pass over the weight before the first step. Where a call has few rows that pass takes longer than what
+the products gain by it, and `dot_units` does without: lane u of a row's result is the sum over k of w[u, k] * a[k].
 """
 
 from llvmlite import ir
@@ -11,6 +11,7 @@ from numba.core.extending import intrinsic
 
 from rnnkern.backends.numba_cpu.jit import shared, woven
 from rnnkern.backends.numba_cpu.vector import (
+    REGISTERS,
     VECTOR_BYTES,
     VectorType,
     constant,
@@ -24,9 +25,9 @@ from rnnkern.backends.numba_cpu.vector import (
     vector_lanes,
 )
 
-MOST_DOTS = (
-    8  # accumulated side by side: enough to hide the latency of an addition, and pointers that fit the registers
-)
+# Units of up to three rows that are accumulated side by side: enough to hide the latency of an addition, and sums that
+# fit the registers.
+MOST_DOTS = 8 if REGISTERS == 32 else 4
 
 
 def _number(value):
@@ -99,49 +100,73 @@ def _transpose_part(typingctx, source, source_row, units, depth, target, target_
     return types.void(*[types.intp] * 6, zero), codegen
 
 
-@intrinsic
-def _dot_units(typingctx, w, w_row, units, a, depth, zero):
-    vector = VectorType(zero)
-    group = min(vector.lanes, MOST_DOTS)
+def _dots(rows):
+    """The intrinsic of `dot_units` for so many rows."""
+
+    def typed(typingctx, w, w_row, units, a, a_row, depth, c0, c0_row, c, c_row, zero):
+        return types.void(*[types.intp] * 10, zero), codegen
 
     def codegen(context, builder, sig, args):
-        w, w_row, units, a, depth, _ = args
+        w, w_row, units, a, a_row, depth, c0, c0_row, c, c_row, _ = args
+        vector = VectorType(sig.args[-1])
         item, last = vector.scalar.bitwidth // 8, builder.sub(units, _number(1))
         tail = builder.and_(depth, _number(vector.lanes - 1))
         whole = builder.mul(builder.sub(depth, tail), _number(item))  # bytes
+
+        def nth(base, row, n):
+            return builder.add(base, builder.mul(row, _number(n)))
 
         def unit(u):  # past the last: the last again, so that no memory is read that is not the weight's
             index = builder.select(builder.icmp_signed("<", _number(u), units), _number(u), last)
             return builder.add(w, builder.mul(w_row, index))
 
         def accumulate(pointers, sums, offset, count):
-            factor = emit_load_part(builder, vector, builder.add(a, offset), count)
-            for pointer, total in zip(pointers, sums, strict=True):
+            factors = [
+                emit_load_part(builder, vector, builder.add(nth(a, a_row, r), offset), count) for r in range(rows)
+            ]
+            for pointer, of_unit in zip(pointers, sums, strict=True):
                 value = emit_load_part(builder, vector, builder.add(pointer, offset), count)
-                builder.store(multiply_add(builder, vector, value, factor, builder.load(total)), total)
+                for factor, total in zip(factors, of_unit, strict=True):
+                    builder.store(multiply_add(builder, vector, value, factor, builder.load(total)), total)
 
-        products = []
+        products = [[] for _ in range(rows)]
+        group = min(vector.lanes, MOST_DOTS)
         for first in range(0, vector.lanes, group):
             pointers = [unit(u) for u in range(first, first + group)]
             # on the stack in this text; LLVM lifts them into registers
-            sums = [cgutils.alloca_once_value(builder, constant(vector, 0)) for _ in pointers]
-            for total in sums:
+            sums = [[cgutils.alloca_once_value(builder, constant(vector, 0)) for _ in range(rows)] for _ in pointers]
+            for total in (total for of_unit in sums for total in of_unit):
                 builder.store(constant(vector, 0), total)
             step = _number(VECTOR_BYTES)
             with cgutils.for_range_slice(builder, _number(0), whole, step, inc=True) as (offset, _):
                 accumulate(pointers, sums, offset, None)
             with builder.if_then(builder.icmp_signed(">", tail, _number(0))):
                 accumulate(pointers, sums, whole, tail)
-            products += [builder.load(total) for total in sums]
-        return _sum_of_lanes(builder, products)
+            for r in range(rows):
+                products[r] += [builder.load(of_unit[r]) for of_unit in sums]
+        for r in range(rows):
+            start = emit_load(builder, vector, nth(c0, c0_row, r))
+            emit_store(builder, vector, nth(c, c_row, r), builder.fadd(start, _sum_of_lanes(builder, products[r])))
+        return context.get_dummy_value()
 
-    return vector(*[types.intp] * 5, zero), codegen
+    return intrinsic(typed)
+
+
+_dots_1, _dots_2, _dots_3 = _dots(1), _dots(2), _dots(3)
 
 
 @shared
-def dot_units(w, w_row, units, a, depth, zero):
-    """Lane u < units: the sum over k < depth of the weight's row u, w_row bytes apart, times the numbers at `a`."""
-    return _dot_units(w, w_row, units, a, depth, zero)
+def dot_units(rows, w, w_row, units, a, a_row, depth, c0, c0_row, c, c_row, zero):
+    """C (rows, lanes) = C0 + a (rows, depth) @ w (units, depth)^T, for up to a vector of units; a row's numbers at `a`,
+    the weight's rows w_row bytes apart."""
+    r = 0
+    while r + 3 <= rows:
+        _dots_3(w, w_row, units, a + r * a_row, a_row, depth, c0 + r * c0_row, c0_row, c + r * c_row, c_row, zero)
+        r += 3
+    if rows - r == 2:
+        _dots_2(w, w_row, units, a + r * a_row, a_row, depth, c0 + r * c0_row, c0_row, c + r * c_row, c_row, zero)
+    elif rows - r == 1:
+        _dots_1(w, w_row, units, a + r * a_row, a_row, depth, c0 + r * c0_row, c0_row, c + r * c_row, c_row, zero)
 
 
 @shared

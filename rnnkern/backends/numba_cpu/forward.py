@@ -35,7 +35,6 @@ from rnnkern.backends.numba_cpu.vector import (
     VECTOR_BYTES,
     broadcast,
     item_bytes,
-    load,
     load_part,
     store,
     store_part,
@@ -74,9 +73,10 @@ def gate_tile(weight, gates, units, depth, v, width, height, x, x_row, c0, c0_ro
         for column in range(columns):
             unit = (v + column % width) * lanes
             rows = weight.base + (column // width * units + unit) * weight.row
-            for r in range(height):
-                dots = dot_units(rows, weight.row, units - unit, x + r * x_row, depth, zero)
-                store(c + r * c_row + column * c_column, load(c0 + r * c0_row + column * c0_column, zero) + dots)
+            dot_units(
+                height, rows, weight.row, units - unit, x, x_row, depth,
+                c0 + column * c0_column, c0_row, c + column * c_column, c_row, zero,
+            )  # fmt: skip
 
 
 @inlined

@@ -54,8 +54,8 @@ MOST_SEQUENCES = 64
 # Rows of a chunk: enough for full tiles, few enough for the second cache.
 CHUNK_ROWS = 64
 BACKWARD_CHUNK_ROWS = 128
-# Up to so many rows in all, reading the weights in place costs less than packing them first.
-ROWS_IN_PLACE = 16
+# Up to so many rows in all, reading the weights in place costs less than packing them first: a step of a batch.
+ROWS_IN_PLACE = 64
 # Backward, where packing only moves rows of a weight together, and those of whole vectors may stay.
 BACKWARD_ROWS_IN_PLACE = 128
 
