@@ -107,8 +107,8 @@ def test_numbers_of_rows_around_weights_in_place(cell: str, dtype: torch.dtype) 
             check(layer)
     for one in (1, 2):
         lengths = [most // 3, one, most - 1 - most // 3]
-        sizes: dict[str, Any] = {"steps": max(lengths), "batch": 3, "inputs": lanes, "hidden": lanes}
-        check(random_layer(cell, **sizes, lengths=lengths, scale=lanes**-0.5, dtype=dtype))
+        few: dict[str, Any] = {"steps": max(lengths), "batch": 3, "inputs": lanes, "hidden": lanes}
+        check(random_layer(cell, **few, lengths=lengths, scale=lanes**-0.5, dtype=dtype))
 
 
 @pytest.mark.parametrize("more", [0, 1])

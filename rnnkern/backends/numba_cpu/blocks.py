@@ -129,7 +129,7 @@ def _dots(rows):
                 for factor, total in zip(factors, of_unit, strict=True):
                     builder.store(multiply_add(builder, vector, value, factor, builder.load(total)), total)
 
-        products = [[] for _ in range(rows)]
+        every = []  # of all units, a sum for each row
         group = min(vector.lanes, MOST_DOTS)
         for first in range(0, vector.lanes, group):
             pointers = [unit(u) for u in range(first, first + group)]
@@ -142,11 +142,11 @@ def _dots(rows):
                 accumulate(pointers, sums, offset, None)
             with builder.if_then(builder.icmp_signed(">", tail, _number(0))):
                 accumulate(pointers, sums, whole, tail)
-            for r in range(rows):
-                products[r] += [builder.load(of_unit[r]) for of_unit in sums]
+            every += [[builder.load(total) for total in of_unit] for of_unit in sums]
         for r in range(rows):
             start = emit_load(builder, vector, nth(c0, c0_row, r))
-            emit_store(builder, vector, nth(c, c_row, r), builder.fadd(start, _sum_of_lanes(builder, products[r])))
+            of_row = _sum_of_lanes(builder, [of_unit[r] for of_unit in every])
+            emit_store(builder, vector, nth(c, c_row, r), builder.fadd(start, of_row))
         return context.get_dummy_value()
 
     return intrinsic(typed)
