@@ -44,10 +44,10 @@ SCALARS = {torch.float32: np.float32, torch.float64: np.float64}
 WORTH_A_THREAD = 1_000_000
 # Nor are more shares than half of the sequences: each reads all the weights.
 LEAST_SEQUENCES = 2
-# Threads may also go through the steps together, each with some of the units, and wait for each other at every step,
-# which takes about a microsecond for two. It is worth it if a step has so many multiply-adds for each of them,
+# Threads may also go through the steps together, each with some of the units. They wait for each other at every step,
+# two of them for about a microsecond: a step needs so many multiply-adds for each of them to be worth it.
 WORTH_A_BARRIER = 24_000
-# and they get so many times further than as many shares as the sequences make: panels do not divide evenly.
+# And they must be so many times faster than shares of the sequences would be: panels do not divide evenly.
 WORTH_TOGETHER = 1.5
 # Sequences carried through time together: their states and the products of a step stay in the second cache.
 MOST_SEQUENCES = 64
