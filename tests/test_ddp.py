@@ -59,6 +59,7 @@ def work(rank: int, folder: str) -> None:
     model = nn.parallel.DistributedDataParallel(Sum())
     model(inputs().chunk(PROCESSES, 1)[rank]).backward()
     torch.save(gradients(model), f"{folder}/{rank}.pt")
+    del model  # where it is the last to hold the group, torch frees that with the GIL held, and may wait for ever
     distributed.destroy_process_group()
 
 

@@ -40,16 +40,16 @@ def members(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         run_together(kernel, shares, *rest)
 
     monkeypatch.setattr(team, "run_together", counted)
-    with plan_constants(WORTH_A_THREAD=1, WORTH_A_BARRIER=0):
+    with plan_constants(WORTH_A_THREAD=1, WORTH_A_BARRIER=0, CHUNK_ROWS=5, BACKWARD_CHUNK_ROWS=12):
         yield counts
 
 
 # Units: two panels of backward, so that some have nothing to do; rests of vectors and of panels; whole panels. Steps:
-# one, and several chunks, the last one not whole.
+# one, and several chunks, the last one not whole. Few, since threads that have no core of their own wait long.
 SIZES: list[dict[str, Any]] = [
     {"steps": 1, "hidden": 33},
     {"steps": 4, "hidden": 37, "inputs": 70},
-    {"steps": 150, "hidden": 64, "inputs": 16, "batch": 2},
+    {"steps": 15, "hidden": 64, "inputs": 16, "batch": 2},
     {"steps": 9, "hidden": 131, "inputs": 33, "bias": False},
 ]
 
@@ -69,13 +69,13 @@ def test_the_same_bits_as_on_one_thread(
         threads(1)
         alone = sweeps(layer)
         assert difference(alone, oracle(layer)) < LIMIT[torch.float64]
-        for count in (4, 6):
-            threads(count)
-            assert plans.Cut(layer).members == count // directions
-            members.clear()
-            for _ in range(2):
-                assert bitwise_equal(sweeps(layer), alone)
-            assert members == [count] * 4
+        count = 2 + 2 * directions
+        threads(count)
+        assert plans.Cut(layer).members == count // directions
+        members.clear()
+        for _ in range(2):
+            assert bitwise_equal(sweeps(layer), alone)
+        assert members == [count] * 4
 
 
 def test_a_batch_is_cut_into_sequences_where_there_are_enough(
@@ -141,9 +141,8 @@ for _ in range(3):
     y.sum().backward()
 assert len(calls) == 6
 """
-    for limit in ("1", "3"):
-        environment = {**os.environ, "OMP_THREAD_LIMIT": limit}
-        subprocess.run([sys.executable, "-c", script], check=True, timeout=100, env=environment)
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "2"}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=100, env=environment)
 
 
 def test_without_torchs_threads(
@@ -160,7 +159,7 @@ def test_without_torchs_threads(
 def test_concurrent_calls(threads: Callable[[int], None], members: list[int]) -> None:
     """Each has a team of its own."""
     threads(2)
-    calls = [layer for cell in TORCH_CELLS for layer in layers(cell, 1)]
+    calls = [layers(cell, 1)[i] for cell in TORCH_CELLS for i in (0, 1)]
     wanted = [sweeps(layer) for layer in calls]
     with ThreadPoolExecutor(3) as executor:
         found = list(executor.map(sweeps, calls * 2))
