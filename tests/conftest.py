@@ -10,8 +10,7 @@ import torch
 from hypothesis import settings
 
 from rnnkern.backends import obstacle
-from rnnkern.backends.numba_cpu import team
-from tests.numba_support import forget_plans, plan_constants
+from tests.numba_support import count_shares, forget_plans, plan_constants
 
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 settings.load_profile("fixed")
@@ -66,14 +65,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 @pytest.fixture
 def always_split(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Even the smallest call is shared among threads; the list holds how many shares each had."""
-    counts: list[int] = []
-    run = team.run
-
-    def counted(kernel: Any, shares: Any, *rest: Any) -> None:
-        counts.append(len(shares))
-        run(kernel, shares, *rest)
-
-    monkeypatch.setattr(team, "run", counted)
+    counts = count_shares(monkeypatch, "run")
     with plan_constants(WORTH_A_THREAD=1, LEAST_SEQUENCES=1):
         yield counts
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from rnnkern import reference, shortcut
 from rnnkern.backends import Cotangents, Layer, Needs, States, numba_cpu
-from rnnkern.backends.numba_cpu import plans
+from rnnkern.backends.numba_cpu import plans, team
 from rnnkern.cells import CELLS, Weights
 from rnnkern.packing import sort_lengths
 
@@ -144,6 +145,31 @@ def plan_constants(**values: int) -> Iterator[None]:
             yield
     finally:
         forget_plans()
+
+
+def count_shares(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    """How many shares each call of `team.<name>` has from now on."""
+    counts: list[int] = []
+    run = getattr(team, name)
+
+    def counted(kernel: Any, shares: Any, *rest: Any) -> None:
+        counts.append(len(shares))
+        run(kernel, shares, *rest)
+
+    monkeypatch.setattr(team, name, counted)
+    return counts
+
+
+def in_forked_child(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns there; the child must end well."""
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=lambda: answers.put(work(*arguments)))
+    child.start()
+    found = answers.get(timeout=60)
+    child.join(60)
+    assert child.exitcode == 0
+    return found
 
 
 # What allocates memory that the backend is to fill.

@@ -1,6 +1,5 @@
 """Threads that run one sweep together, each with a part of the units, where there are too few sequences."""
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -18,10 +17,11 @@ from rnnkern.cells import TORCH_CELLS
 from tests.numba_support import (
     FORKS,
     LIMIT,
-    Parts,
     bitwise_equal,
+    count_shares,
     difference,
     forget_plans,
+    in_forked_child,
     oracle,
     plan_constants,
     random_layer,
@@ -32,14 +32,7 @@ from tests.numba_support import (
 @pytest.fixture
 def members(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """However little there is to do for each, threads run single sequences together; the list holds how many did."""
-    counts: list[int] = []
-    run_together = team.run_together
-
-    def counted(kernel: Any, shares: Any, *rest: Any) -> None:
-        counts.append(len(shares))
-        run_together(kernel, shares, *rest)
-
-    monkeypatch.setattr(team, "run_together", counted)
+    counts = count_shares(monkeypatch, "run_together")
     with plan_constants(WORTH_A_THREAD=1, WORTH_A_BARRIER=0, CHUNK_ROWS=5, BACKWARD_CHUNK_ROWS=12):
         yield counts
 
@@ -166,20 +159,10 @@ def test_concurrent_calls(threads: Callable[[int], None], members: list[int]) ->
     assert all(bitwise_equal(got, want) for got, want in zip(found, wanted * 2, strict=True))
 
 
-def _in_child(layer: Layer, want: Parts, answers: Any) -> None:
-    answers.put(bitwise_equal(sweeps(layer), want))
-
-
 @FORKS
 def test_in_a_forked_child(threads: Callable[[int], None], members: list[int]) -> None:
     """It would wait for ever for the threads of its parent's team."""
     threads(2)
     layer = layers("gru", 1)[1]  # so small that torch compares its tensors on one thread
     want = sweeps(layer)
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-    child = context.Process(target=_in_child, args=(layer, want, answers))
-    child.start()
-    assert answers.get(timeout=60)
-    child.join(60)
-    assert child.exitcode == 0
+    assert in_forked_child(lambda: bitwise_equal(sweeps(layer), want))

@@ -27,6 +27,7 @@ from tests.numba_support import (
     but_weights,
     difference,
     forget_plans,
+    in_forked_child,
     layer_forms,
     oracle,
     random_layer,
@@ -199,9 +200,9 @@ def test_an_error_in_a_task_is_raised_after_all_have_ended() -> None:
 # Forks
 
 
-def _in_child(layers: list[Layer], answers: Any) -> None:
+def _errors(layers: list[Layer]) -> list[float]:
     torch.set_num_threads(1)  # as DataLoader's workers do: torch's own operations do not survive a fork on several
-    answers.put([difference(sweeps(layer), oracle(layer)) for layer in layers])
+    return [difference(sweeps(layer), oracle(layer)) for layer in layers]
 
 
 @FORKS
@@ -209,20 +210,13 @@ def test_a_forked_child_and_its_parent_afterwards(threads: Callable[[int], None]
     threads(2)
     layers = [layer for layer, _ in JOBS[:6]]
     before = [sweeps(layer) for layer in layers]  # the team has its threads
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-    child = context.Process(target=_in_child, args=(layers, answers))
-    child.start()
-    errors = answers.get(timeout=60)
-    child.join(60)
-    assert child.exitcode == 0
-    assert max(errors) < LIMIT[torch.float64]
+    assert max(in_forked_child(_errors, layers)) < LIMIT[torch.float64]
     assert all(bitwise_equal(sweeps(layer), want) for layer, want in zip(layers, before, strict=True))
 
 
-def _on_threads_of_its_own(layer: Layer, want: Parts, answers: Any) -> None:
+def _has_the_same_bits_on_threads_of_its_own(layer: Layer, want: Parts) -> bool:
     torch.set_num_threads(2)
-    answers.put(bitwise_equal(sweeps(layer), want))
+    return bitwise_equal(sweeps(layer), want)
 
 
 @FORKS
@@ -231,19 +225,13 @@ def test_a_forked_child_may_have_several_threads(threads: Callable[[int], None],
     threads(2)
     layer = random_layer("lstm", **ODD)
     want = sweeps(layer)
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-    child = context.Process(target=_on_threads_of_its_own, args=(layer, want, answers))
-    child.start()
-    assert answers.get(timeout=60)
-    child.join(60)
-    assert child.exitcode == 0
+    assert in_forked_child(_has_the_same_bits_on_threads_of_its_own, layer, want)
 
 
 def _compile_in_child(layer: Layer, answers: Any) -> None:
     jit._compiled.clear()  # as if it had never run
     forget_plans()
-    _in_child([layer], answers)
+    answers.put(_errors([layer]))
 
 
 @FORKS
@@ -272,22 +260,16 @@ def test_a_child_forked_while_another_thread_compiles() -> None:
     assert answers.get()[0] < LIMIT[torch.float64]
 
 
-def _pool_in_child(answers: Any) -> None:
+def _numbers_of_a_pool() -> list[int]:
     ended: list[int] = []
     pool.run([partial(ended.append, i) for i in range(3)])
-    answers.put(sorted(ended))
+    return sorted(ended)
 
 
 @FORKS
 def test_the_pool_is_made_anew_in_a_forked_child() -> None:
     pool.run([lambda: None] * 3)
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-    child = context.Process(target=_pool_in_child, args=(answers,))
-    child.start()
-    assert answers.get(timeout=60) == [0, 1, 2]
-    child.join(60)
-    assert child.exitcode == 0
+    assert in_forked_child(_numbers_of_a_pool) == [0, 1, 2]
 
 
 class Encoded(Dataset[Tensor]):

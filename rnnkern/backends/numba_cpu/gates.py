@@ -43,8 +43,7 @@ def _reduce(x):
 @overload(_reduce)
 def _overload_reduce(x):
     coefficients, ln2_high, ln2_low, _, _ = _constants(x)
-    first, second, *rest = coefficients
-    rest = tuple(rest)
+    (first, second), rest = coefficients[:2], coefficients[2:]
 
     def reduce(x):
         n, power = nearest_power(x, _LOG2_E)

@@ -125,7 +125,7 @@ class Cut:
         self.divided = threads > 1  # of several directions each is a share in any case
         parts = -(-threads // directions)
         parts = max(1, min(parts, self.batch, (self.batch + 1) // LEAST_SEQUENCES))
-        if self.divided and threads == torch.get_num_threads() and self._go_together(layer, directions, parts):
+        if threads == torch.get_num_threads() and self._go_together(layer, threads, directions, parts):
             self.members, parts = threads // directions, 1
         edges = [self.batch * part // parts for part in range(parts + 1)]
         if layer.batch_sizes is not None and parts > 1:
@@ -135,9 +135,9 @@ class Cut:
         spans = [(first, last) for first, last in pairwise(edges) if first < last]
         return [Share(d, *span, place) for d in range(directions) for place, span in enumerate(spans)]
 
-    def _go_together(self, layer: Layer, directions: int, parts: int) -> bool:
+    def _go_together(self, layer: Layer, threads: int, directions: int, parts: int) -> bool:
         """Whether all of torch's threads can run the sweeps of a call together, and that beats `parts` of the batch."""
-        members, rest = divmod(torch.get_num_threads(), directions)
+        members, rest = divmod(threads, directions)
         if rest or not layer.plain or self.ragged or layer.weights[0].weight_hr is not None or not team.can_meet():
             return False
         panels = -(-self.outputs * self.item // (MAX_VECTORS * VECTOR_BYTES))  # of backward, which are the larger ones

@@ -124,7 +124,8 @@ def take_own(work):
 def _entries(*names: str) -> list[Any]:
     """Functions of the OpenMP runtime as torch's libraries find them: the first ones that all of the process can see;
     none if one is missing."""
-    found = [getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None for name in names]
+    process = ctypes.CDLL(None) if os.name == "posix" else None
+    found = [getattr(process, name, None) for name in names]
     return [] if None in found else found
 
 
