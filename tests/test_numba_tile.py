@@ -18,8 +18,8 @@ GUARD = -12345.0
 
 
 @numba.njit
-def _tile(rows, vectors, a, a_row, panel, panel_row, depth, c0, c0_row, c0_column, c, c_row, c_column, zero):  # type: ignore[no-untyped-def]
-    tile(rows, vectors, a, a_row, panel, panel_row, depth, c0, c0_row, c0_column, c, c_row, c_column, zero)
+def _tile(rows, vectors, a, a_row, panel, panel_row, depth, ahead, c0, c0_row, c0_column, c, c_row, c_column, zero):  # type: ignore[no-untyped-def]
+    tile(rows, vectors, a, a_row, panel, panel_row, depth, ahead, c0, c0_row, c0_column, c, c_row, c_column, zero)
 
 
 @numba.njit
@@ -36,9 +36,10 @@ def run_tile(a: Array, panel: Array, c0: Array, c: Array) -> None:
     vectors wherever strides say; a C0 (vectors, lanes) is repeated."""
     rows, depth = a.shape
     c0_row = c0.strides[0] if c0.ndim == 3 else 0
+    dtype, ahead = a.dtype.type, 0  # no page of memory lies there
     _tile(
         rows, panel.shape[1] // lanes_of(a.dtype), a.ctypes.data, a.strides[0], panel.ctypes.data, panel.strides[0],
-        depth, c0.ctypes.data, c0_row, c0.strides[-2], c.ctypes.data, c.strides[0], c.strides[1], a.dtype.type(0),
+        depth, ahead, c0.ctypes.data, c0_row, c0.strides[-2], c.ctypes.data, c.strides[0], c.strides[1], dtype(0),
     )  # fmt: skip
 
 

@@ -32,17 +32,21 @@ from rnnkern.backends.numba_cpu.sweep import (
     step_order,
     wait_for_members,
 )
-from rnnkern.backends.numba_cpu.tile import MAX_ROWS, MAX_VECTORS, outer_tile
+from rnnkern.backends.numba_cpu.tile import CACHE_LINE, MAX_ROWS, MAX_VECTORS, outer_tile
 from rnnkern.backends.numba_cpu.vector import (
     VECTOR_BYTES,
     broadcast,
     item_bytes,
     load,
     load_part,
+    prefetch,
     store,
     store_part,
     vector_lanes,
 )
+
+# Of an outer product, so many units: a multiple of the rows of every tile.
+UNITS_PART = 480
 
 
 @woven
@@ -60,24 +64,29 @@ def pack_backward(a, gates, part, parts, zero):
 @woven
 def outer_product(rows, a, a_row, a_units, b, b_row, b_units, into, fresh, tile, zero):
     """into (a_units, b_units) = the sum over rows of a^T b, or on top of what is there unless `fresh`. Zeros lie one
-    vector row before `tile`."""
+    vector row before `tile`. The units of a are taken in parts that stay in the second cache while they meet all of
+    b."""
     lanes, item = vector_lanes(zero), item_bytes(zero)
     vectors = (b_units + lanes - 1) // lanes
-    for v in range(0, vectors, MAX_VECTORS):
-        width = min(MAX_VECTORS, vectors - v)
-        tile_row, most = width * VECTOR_BYTES, MAX_ROWS[width]
-        for unit in range(0, a_units, most):
-            panel = b + v * VECTOR_BYTES
+    for begin in range(0, a_units, UNITS_PART):
+        end = min(begin + UNITS_PART, a_units)
+        for v in range(0, vectors, MAX_VECTORS):
+            width = min(MAX_VECTORS, vectors - v)
+            panel, tile_row, most = b + v * VECTOR_BYTES, width * VECTOR_BYTES, MAX_ROWS[width]
             zeros = tile - MAX_VECTORS * VECTOR_BYTES
-            outer_tile(width, a + unit * item, a_row, panel, b_row, rows, zeros, tile, tile_row, zero)
-            for r in range(min(most, a_units - unit)):
-                for j in range(width):
-                    first = (v + j) * lanes
-                    at = into + ((unit + r) * b_units + first) * item
-                    value = load(tile + r * tile_row + j * VECTOR_BYTES, zero)
-                    if not fresh:
-                        value = value + load_part(at, zero, b_units - first)
-                    store_part(at, value, zero, b_units - first)
+            for unit in range(begin, end, most):
+                at = into + (unit * b_units + v * lanes) * item
+                for r in range(most, min(2 * most, end - unit)):  # what the next tile adds to
+                    for line in range(width + 1):
+                        prefetch(at + r * b_units * item + line * CACHE_LINE)
+                outer_tile(width, a + unit * item, a_row, panel, b_row, rows, zeros, tile, tile_row, zero)
+                for r in range(min(most, end - unit)):
+                    for j in range(width):
+                        to, count = at + (r * b_units + j * lanes) * item, b_units - (v + j) * lanes
+                        value = load(tile + r * tile_row + j * VECTOR_BYTES, zero)
+                        if not fresh:
+                            value = value + load_part(to, zero, count)
+                        store_part(to, value, zero, count)
 
 
 @inlined

@@ -13,6 +13,7 @@ A weight is read in panels (tile.py), or in place (blocks.py) where packing it w
 from rnnkern.backends.numba_cpu.blocks import dot_units, pack_units
 from rnnkern.backends.numba_cpu.jit import inlined, woven
 from rnnkern.backends.numba_cpu.sweep import (
+    ahead,
     clear_ended,
     common,
     copy_in_own,
@@ -30,7 +31,7 @@ from rnnkern.backends.numba_cpu.sweep import (
     tile_height,
     wait_for_members,
 )
-from rnnkern.backends.numba_cpu.tile import MAX_ROWS, MAX_VECTORS, tile
+from rnnkern.backends.numba_cpu.tile import CACHE_LINE, MAX_ROWS, MAX_VECTORS, tile
 from rnnkern.backends.numba_cpu.vector import (
     VECTOR_BYTES,
     broadcast,
@@ -60,13 +61,17 @@ def pack_forward(a, gates, part, parts, zero):
 
 
 @woven
-def gate_tile(weight, gates, units, depth, v, width, height, x, x_row, c0, c0_row, c0_column, c, c_row, c_column, zero):
-    """C (height, gates*width vectors) = C0 + x (height, depth) @ weight^T of the units from vector v on."""
+def gate_tile(
+    weight, gates, units, depth, v, width, b, height, rows, x, x_row, c0, c0_row, c0_column, c, c_row, c_column, zero
+):
+    """C (height, gates*width vectors) = C0 + x (height, depth) @ weight^T of the units from vector v on; x, C0 and C
+    begin with row b of `rows`."""
     lanes, columns = vector_lanes(zero), gates * width
     if weight.panels != 0:
-        panel = weight.panels + v * gates * depth * VECTOR_BYTES
+        panel, panel_row = weight.panels + v * gates * depth * VECTOR_BYTES, columns * VECTOR_BYTES
+        following, lines = panel + depth * panel_row, depth * panel_row // CACHE_LINE
         tile(
-            height, columns, x, x_row, panel, columns * VECTOR_BYTES, depth,
+            height, columns, x, x_row, panel, panel_row, depth, ahead(following, lines, b, rows),
             c0, c0_row, c0_column, c, c_row, c_column, zero,
         )  # fmt: skip
     else:
@@ -107,7 +112,7 @@ def input_product(a, rows, own, space, gates, zero):
             x = space + a.xs + n * x_row
             bias, gx = space + a.b_x + v * VECTOR_BYTES, space + a.gx + n * gates * gate_row + v * VECTOR_BYTES
             gate_tile(
-                a.w_ih, gates, hidden, inputs, v, width, height, x, x_row,
+                a.w_ih, gates, hidden, inputs, v, width, n, height, rows, x, x_row,
                 bias, 0, column, gx, gates * gate_row, column, zero,
             )  # fmt: skip
             n += height
@@ -133,7 +138,7 @@ def forward_step(a, t, rows, first, own, gx, h_old, h_new, space, gates, separat
             height = tile_height(rows - b, MAX_ROWS[columns])
             sums = space + a.b_h if separate else gx + b * gx_row
             gate_tile(
-                a.w_hh, gates, hidden, outputs, v, width, height, h_old + b * h_row, h_row,
+                a.w_hh, gates, hidden, outputs, v, width, b, height, rows, h_old + b * h_row, h_row,
                 sums + v * VECTOR_BYTES, 0 if separate else gx_row, column, gh, gh_row, VECTOR_BYTES, zero,
             )  # fmt: skip
             for r in range(b, b + height):
@@ -170,7 +175,7 @@ def project(a, t, rows, first, h_new, space, zero):
                 for j in range(width):
                     store(h + r * h_row + j * VECTOR_BYTES, broadcast(zero))
             gate_tile(
-                a.w_hr, 1, outputs, hidden, v, width, height, m, m_row,
+                a.w_hr, 1, outputs, hidden, v, width, b, height, rows, m, m_row,
                 h, h_row, VECTOR_BYTES, h, h_row, VECTOR_BYTES, zero,
             )  # fmt: skip
             b += height

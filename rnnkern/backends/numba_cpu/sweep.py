@@ -26,7 +26,7 @@ from numba.core import types
 from numba.core.extending import intrinsic
 
 from rnnkern.backends.numba_cpu.jit import inlined, woven
-from rnnkern.backends.numba_cpu.tile import MAX_ROWS, MAX_VECTORS, tile
+from rnnkern.backends.numba_cpu.tile import CACHE_LINE, MAX_ROWS, MAX_VECTORS, tile
 from rnnkern.backends.numba_cpu.vector import (
     VECTOR_BYTES,
     broadcast,
@@ -38,6 +38,8 @@ from rnnkern.backends.numba_cpu.vector import (
     store_part,
     vector_lanes,
 )
+
+DEPTH_PART = 512  # of a product in backward: 128 KiB of a panel
 
 
 @inlined
@@ -210,21 +212,38 @@ def clear_ended(sizes, rows, t, first, last, units, zero):
                 store_part(row + u * item, broadcast(zero), zero, units - u)
 
 
+@inlined
+def ahead(following, lines, b, rows):
+    """Which lines a tile of `rows` rows that begins with row b asks for: all tiles together the `lines` of what is
+    multiplied next."""
+    return following + lines * b // rows * CACHE_LINE
+
+
 @woven
 def product(rows, a, a_row, weight, depth, first, last, c, c_row, zero):
     """c (rows, units) += a (rows, depth) @ weight (depth, units), packed by its depth, or in place where its units are
-    whole vectors; of vectors [first, last) of the units, which are whole panels."""
-    for v in range(first, last, MAX_VECTORS):
-        width = min(MAX_VECTORS, last - v)
-        packed = weight.panels != 0
-        panel = weight.panels + v * depth * VECTOR_BYTES if packed else weight.base + v * VECTOR_BYTES
-        panel_row = width * VECTOR_BYTES if packed else weight.row
-        b = 0
-        while b < rows:
-            height = tile_height(rows - b, MAX_ROWS[width])
-            at = c + b * c_row + v * VECTOR_BYTES
-            tile(
-                height, width, a + b * a_row, a_row, panel, panel_row, depth,
-                at, c_row, VECTOR_BYTES, at, c_row, VECTOR_BYTES, zero,
-            )  # fmt: skip
-            b += height
+    whole vectors; of vectors [first, last) of the units, which are whole panels.
+
+    The depth, which is that of all gates, is taken in parts: those of a panel and of the one that follows stay in the
+    second cache while all rows meet them, and so do the parts of the rows."""
+    packed, item = weight.panels != 0, item_bytes(zero)
+    for k in range(0, depth, DEPTH_PART):
+        part = min(DEPTH_PART, depth - k)
+        for v in range(first, last, MAX_VECTORS):
+            width = min(MAX_VECTORS, last - v)
+            panel_row = width * VECTOR_BYTES if packed else weight.row
+            panel = (
+                weight.panels + v * depth * VECTOR_BYTES if packed else weight.base + v * VECTOR_BYTES
+            ) + k * panel_row
+            following = panel + width * depth * VECTOR_BYTES
+            lines = part * panel_row // CACHE_LINE
+            b = 0
+            while b < rows:
+                height = tile_height(rows - b, MAX_ROWS[width])
+                at = c + b * c_row + v * VECTOR_BYTES
+                tile(
+                    height, width, a + b * a_row + k * item, a_row, panel, panel_row, part,
+                    ahead(following, lines, b, rows) if packed else a, at, c_row, VECTOR_BYTES, at, c_row, VECTOR_BYTES,
+                    zero,
+                )  # fmt: skip
+                b += height

@@ -11,6 +11,9 @@ loads V vectors and R scalars for R*V multiply-adds, so R is as large as the reg
 Each element of C is summed in the order of k whatever the tile, so a row's result depends neither on its neighbours nor
 on how the batch was split over threads.
 
+While it works, a tile may ask for the lines at another address, one for each k: where weights come from the third cache
+or from memory, the panel that follows is there when it is needed.
+
 The same code with A walked the other way, C (R, V*lanes) = C0 + A (K, R)^T @ panel, sums the outer products that make
 a weight's gradient: K are then rows of a batch, R gates and the panel their inputs.
 """
@@ -26,6 +29,7 @@ from rnnkern.backends.numba_cpu.vector import (
     REGISTERS,
     VECTOR_BYTES,
     VectorType,
+    emit_prefetch,
     ir_scalar,
     ir_vector,
     multiply_add,
@@ -36,6 +40,14 @@ MAX_VECTORS = 4  # in a panel; more would leave too few rows in the registers
 # The most rows of a tile, by the vectors of its panel. With 16 registers the panel's vectors are read as memory
 # operands.
 MAX_ROWS = (0, 8, 8, 8, 6) if REGISTERS == 32 else (0, 6, 6, 4, 3)
+CACHE_LINE = 64
+# Of a tile with fewer multiply-adds for each k, loads are what takes its time, and another one would cost some.
+LEAST_WITH_FETCH = 16
+
+
+def fetches_ahead(rows, vectors):
+    """Whether such a tile asks for a cache line ahead of time for each k."""
+    return rows * vectors >= LEAST_WITH_FETCH
 
 
 class _Operands(NamedTuple):
@@ -46,6 +58,7 @@ class _Operands(NamedTuple):
     panel: ir.Value
     panel_row: ir.Value
     depth: ir.Value
+    ahead: ir.Value
     c0: ir.Value
     c0_row: ir.Value
     c0_column: ir.Value
@@ -54,7 +67,7 @@ class _Operands(NamedTuple):
     c_column: ir.Value
 
 
-_POINTERS = ("a", "panel", "c0", "c")
+_POINTERS = ("a", "panel", "ahead", "c0", "c")
 
 
 def _number(value):
@@ -94,6 +107,8 @@ def _emit_tile(builder, vector, rows, vectors, at, transposed):
     a_offset = builder.phi(ir.IntType(64))
     panel = builder.phi(at.panel.type)
     sums = {rc: builder.phi(ir_vector(vector)) for rc in grid}
+    if fetches_ahead(rows, vectors) and not transposed:
+        emit_prefetch(builder, builder.gep(at.ahead, [builder.mul(k, _number(CACHE_LINE))]))
     weights = [load(panel, _number(column * VECTOR_BYTES)) for column in range(vectors)]
     elements = [splat(builder, element(a_row, a_offset), vector.lanes) for a_row in a_rows]
     new = {
@@ -145,33 +160,49 @@ def _codegen(sizes, transposed):
 
 
 @intrinsic
-def _tile(typingctx, rows, vectors, a, a_row, panel, panel_row, depth, c0, c0_row, c0_column, c, c_row, c_column, zero):
+def _tile(
+    typingctx, rows, vectors, a, a_row, panel, panel_row, depth, ahead, c0, c0_row, c0_column, c, c_row, c_column, zero
+):
     sizes = [(r, v) for v in range(1, MAX_VECTORS + 1) for r in range(1, MAX_ROWS[v] + 1)]
-    return types.void(*[types.intp] * 13, zero), _codegen(sizes, transposed=False)
+    return types.void(*[types.intp] * 14, zero), _codegen(sizes, transposed=False)
 
 
 @intrinsic
 def _outer_tile(
-    typingctx, rows, vectors, a, a_k, panel, panel_row, depth, c0, c0_row, c0_column, c, c_row, c_column, zero
+    typingctx, rows, vectors, a, a_k, panel, panel_row, depth, ahead, c0, c0_row, c0_column, c, c_row, c_column, zero
 ):
     sizes = [(MAX_ROWS[v], v) for v in range(1, MAX_VECTORS + 1)]
-    return types.void(*[types.intp] * 13, zero), _codegen(sizes, transposed=True)
+    return types.void(*[types.intp] * 14, zero), _codegen(sizes, transposed=True)
 
 
 @shared
-def tile(rows, vectors, a, a_row, panel, panel_row, depth, c0, c0_row, c0_column, c, c_row, c_column, zero):
+def tile(rows, vectors, a, a_row, panel, panel_row, depth, ahead, c0, c0_row, c0_column, c, c_row, c_column, zero):
     """C (rows, vectors*lanes) = C0 + A (rows, depth) @ panel, for 1 <= vectors <= MAX_VECTORS and 1 <= rows <=
     MAX_ROWS[vectors].
 
     a, panel, c0 and c are addresses, the other names' strides count bytes: from row to row (0 repeats one), and from
-    one vector of a row to the next. C may be C0.
+    one vector of a row to the next. C may be C0. `ahead` is where lines that will be read soon begin, any address.
     """
-    _tile(rows, vectors, a, a_row, panel, panel_row, depth, c0, c0_row, c0_column, c, c_row, c_column, zero)
+    _tile(rows, vectors, a, a_row, panel, panel_row, depth, ahead, c0, c0_row, c0_column, c, c_row, c_column, zero)
 
 
 @shared
 def outer_tile(vectors, a, a_k, panel, panel_row, depth, c0, c, c_row, zero):
     """C (MAX_ROWS[vectors], vectors*lanes) = A (depth, MAX_ROWS[vectors])^T @ panel, on top of the one row C0."""
     _outer_tile(
-        MAX_ROWS[vectors], vectors, a, a_k, panel, panel_row, depth, c0, 0, VECTOR_BYTES, c, c_row, VECTOR_BYTES, zero
+        MAX_ROWS[vectors],
+        vectors,
+        a,
+        a_k,
+        panel,
+        panel_row,
+        depth,
+        0,
+        c0,
+        0,
+        VECTOR_BYTES,
+        c,
+        c_row,
+        VECTOR_BYTES,
+        zero,
     )

@@ -27,6 +27,11 @@ _FEATURES = host_features()
 VECTOR_BYTES = 64 if "avx512f" in _FEATURES else 32 if "avx" in _FEATURES else 16
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64", "i686", "i386")
 FLUSH_BITS = 0x8040  # of MXCSR: denormals are zero, flush to zero
+# A processor by Intel takes 16 cycles to divide a vector of AVX-512, in which it can do 32 multiply-adds. One by AMD
+# divides beside them.
+DIVIDES_SLOWLY = "avx512f" in _FEATURES and not (numba.config.CPU_NAME or binding.get_host_cpu_name()).startswith(
+    "znver"
+)
 REGISTERS = 32 if "avx512f" in _FEATURES or "neon" in _FEATURES else 16
 
 # (mantissa bits, exponent bias) of the two dtypes a sweep computes in
@@ -168,16 +173,29 @@ def clamp(typingctx, v, limit):
     return vector(v, limit), codegen
 
 
+def _estimated(builder, vector, v):
+    """1 / v to 14 bits."""
+    kind, lanes = ir_vector(vector), vector.lanes
+    suffix = f"{'ps' if vector.scalar == types.float32 else 'pd'}.{VECTOR_BYTES * 8}"
+    every = ir.Constant(ir.IntType(lanes), (1 << lanes) - 1)
+    return call_llvm(builder, f"llvm.x86.avx512.rcp14.{suffix}", kind, v, ir.Constant(kind, ir.Undefined), every)
+
+
 @intrinsic
-def overflow(typingctx, test, limit, v):
-    """Infinity where test > limit, else `v`."""
-    vector = v
+def reciprocal(typingctx, v):
+    """1 / v, for v that are neither 0 nor infinite."""
 
     def codegen(context, builder, sig, args):
-        bound = splat(builder, context.cast(builder, args[1], sig.args[1], vector.scalar), vector.lanes)
-        return builder.select(builder.fcmp_ordered(">", args[0], bound), constant(vector, float("inf")), args[2])
+        (value,) = args
+        if not DIVIDES_SLOWLY:
+            return builder.fdiv(constant(v, 1), value)
+        found, negated = _estimated(builder, v, value), builder.fneg(value)
+        for _ in range(1 if v.scalar == types.float32 else 2):  # Newton's step doubles the bits
+            error = multiply_add(builder, v, negated, found, constant(v, 1))
+            found = multiply_add(builder, v, found, error, found)
+        return found
 
-    return vector(test, limit, v), codegen
+    return v(v), codegen
 
 
 @intrinsic
@@ -306,6 +324,23 @@ def store_part(address, v, zero, count):
         store(address, v)
     else:
         _store_masked(address, v, count)
+
+
+def emit_prefetch(builder, pointer):
+    """Asks for the cache line at `pointer`, which may be any address, to come into the second cache."""
+    read, second_cache, data = (ir.Constant(ir.IntType(32), number) for number in (0, 2, 1))
+    call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, second_cache, data)
+
+
+@intrinsic
+def prefetch(typingctx, address):
+    """Asks for the cache line at any address to come into the second cache."""
+
+    def codegen(context, builder, sig, args):
+        emit_prefetch(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
 
 
 @intrinsic
