@@ -118,7 +118,7 @@ OF_CELLS = [
         "forward",
         "rnn_tanh",
         {
-            "tanh slightly off": ("range(14, 1, -1)", "range(7, 1, -1)"),
+            "tanh slightly off": ("_series(2.0, 12)", "_series(2.0, 5)"),
         },
     ),
 ]
