@@ -16,6 +16,7 @@ from torch import Tensor
 from rnnkern import compat
 from rnnkern.cells import CELLS, CellSpec
 from rnnkern.options import PLAIN, Options
+from rnnkern.views import States
 
 
 class Form(NamedTuple):
@@ -102,6 +103,23 @@ MOST_KNOWN = 1024
 # The first plans of each kind of call, with what tells its tensors: quicker than to describe them.
 _guarded: dict[Hashable, list[tuple[Callable[..., bool], Plan]]] = {}
 MOST_GUARDED = 8
+
+
+def through(
+    form: tuple[Any, ...],
+    x: Any,
+    states: States | None,
+    weights: Sequence[Tensor],
+    ordinary: Callable[[], tuple[Any, ...]],
+    resets: tuple[Any, ...] = (),
+) -> tuple[Any, ...]:
+    """The results of a call: by its plan once there is one, and until then the `ordinary` way."""
+    plan, description = find(form, x, states, weights, resets)
+    if plan is not None:
+        return plan(x, states or (), weights, resets)
+    results = ordinary()
+    learn(description, form, x, states, weights, resets)
+    return results
 
 
 def find(

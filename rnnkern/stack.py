@@ -239,13 +239,8 @@ def run(
     if resets is None or call.lengths is not None or torch.compiler.is_compiling():
         return ordinary(cell, who, input, hx, weights, call)
     form = _form(cell, weights, call, len(resets))
-    flat = [weight for layer in weights for weight in layer]
-    plan, description = shortcut.find(form, input, hx, flat, resets)
-    if plan is not None:
-        return plan(input, hx or (), flat, resets)  # type: ignore[arg-type]
-    results = ordinary(cell, who, input, hx, weights, call)
-    shortcut.learn(description, form, input, hx, flat, resets)
-    return results
+    flat = weights[0] if len(weights) == 1 else [weight for layer in weights for weight in layer]
+    return shortcut.through(form, input, hx, flat, lambda: ordinary(cell, who, input, hx, weights, call), resets)
 
 
 def _resets(call: Call) -> tuple[Any, ...] | None:

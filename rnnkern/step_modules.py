@@ -36,13 +36,10 @@ class _Cell(Shared, torch.nn.RNNCellBase):
         if torch.compiler.is_compiling():
             return self._ordinary_step(cell, input, hx, Weights(*flat))
         form = (cell, self.backend, 1, 1, False, True)
-        plan, description = shortcut.find(form, input, hx, flat)
-        if plan is not None:
-            found: States = plan(input, hx or (), flat)[1]
-            return found
-        states = self._ordinary_step(cell, input, hx, Weights(*flat))
-        shortcut.learn(description, form, input, hx, flat)
-        return states
+        found: States = shortcut.through(
+            form, input, hx, flat, lambda: (None, self._ordinary_step(cell, input, hx, Weights(*flat)))
+        )[1]
+        return found
 
     def _ordinary_step(self, cell: str, input: Tensor, hx: States | None, weights: Weights) -> States:
         """A step with all its checks."""

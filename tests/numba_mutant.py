@@ -27,8 +27,8 @@ ROOT = Path(__file__).parent.parent
 # Blocks and chunks as they are, and of few sequences and few steps.
 # Weights are read in place only in calls of few rows.
 CUTS: tuple[dict[str, int], ...] = (
-    {"ROWS_IN_PLACE": 16},
-    {"ROWS_IN_PLACE": 16, "MOST_SEQUENCES": 2, "CHUNK_ROWS": 4, "BACKWARD_CHUNK_ROWS": 5},
+    {"FEW_ROWS_IN_PLACE": 16},
+    {"FEW_ROWS_IN_PLACE": 16, "MOST_SEQUENCES": 2, "CHUNK_ROWS": 4, "BACKWARD_CHUNK_ROWS": 5},
 )
 
 
@@ -160,7 +160,7 @@ def members(cell: str) -> float:
     forms = [random_layer(cell, directions=directions, **sizes) for directions in (1, 2)]
     with (
         mock.patch.object(torch, "get_num_threads", return_value=4),
-        plan_constants(WORTH_A_THREAD=1, WORTH_A_BARRIER=0, CHUNK_ROWS=2, BACKWARD_CHUNK_ROWS=2, ROWS_IN_PLACE=0),
+        plan_constants(WORTH_A_THREAD=1, WORTH_A_BARRIER=0, CHUNK_ROWS=2, BACKWARD_CHUNK_ROWS=2, FEW_ROWS_IN_PLACE=0),
     ):
         return max(difference(sweeps(layer), oracle(layer)) for layer in forms)
 

@@ -93,7 +93,7 @@ def test_sizes_around_the_blocks_there_are(cell: str, dtype: torch.dtype) -> Non
 @pytest.mark.usefixtures("nan_buffers")
 def test_numbers_of_rows_around_weights_in_place(cell: str, dtype: torch.dtype) -> None:
     """Of sizes that are whole vectors, where backward reads in place too, and of others."""
-    lanes, most = VECTOR_BYTES // torch.finfo(dtype).bits * 8, plans.ROWS_IN_PLACE
+    lanes, most = VECTOR_BYTES // torch.finfo(dtype).bits * 8, plans.FEW_ROWS_IN_PLACE
     backward = plans.BACKWARD_ROWS_IN_PLACE
     sizes = [(lanes, 2 * lanes, lanes), (lanes, lanes + 1, lanes), (lanes + 1, 5 * lanes, 3), (3, 5, 2)]
     rows = [(1, 1), (1, most), (1, most + 1), (most, 1), (most + 1, 1), (most // 2, 2), (most // 2 + 1, 2)]
@@ -112,7 +112,7 @@ def test_numbers_of_rows_around_weights_in_place(cell: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("more", [0, 1])
-@pytest.mark.parametrize("most", [plans.ROWS_IN_PLACE, plans.BACKWARD_ROWS_IN_PLACE])
+@pytest.mark.parametrize("most", [plans.FEW_ROWS_IN_PLACE, plans.ROWS_IN_PLACE, plans.BACKWARD_ROWS_IN_PLACE])
 def test_where_weights_are_read_in_place(most: int, more: int) -> None:
     """What the sizes above rest on."""
     rows = most + more
@@ -120,7 +120,9 @@ def test_where_weights_are_read_in_place(most: int, more: int) -> None:
     layer = random_layer("lstm", steps=rows, batch=1, inputs=lanes, hidden=2 * lanes, outputs=lanes, directions=1)
     states = numba_cpu.forward(layer, save=True)
     forward = plans.ForwardPlan(layer, states)
-    assert forward.packs == (rows > plans.ROWS_IN_PLACE)
+    assert forward.packs == (rows > plans.FEW_ROWS_IN_PLACE)
+    with plan_constants(MANY_WEIGHTS=1):
+        assert plans.ForwardPlan(layer, states).packs == (rows > plans.ROWS_IN_PLACE)
     names: dict[str, Tensor | None] = dict.fromkeys(("dy", "dh_n", "dc_n", "dh0", "dc0", "dx0"))
     names |= dict.fromkeys(f"d{name}0" for name in plans.WEIGHTS)
     backward = plans.BackwardPlan(layer, states.saved, names)

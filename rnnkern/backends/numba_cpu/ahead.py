@@ -114,7 +114,7 @@ class InferencePlan(_Ahead):
         self.plans: list[Plan] = []
         flow, count = x, len(weights) // form.layers
         for k in range(form.layers):
-            y = x.new_empty(self.y_shape)
+            y = x.new_empty(*self.y_shape)
             layer, results = self.layer(k, x, flow, y, states)
             self.way = way_of(layer)
             plan = self.way.forward_plan(layer, results)
@@ -140,13 +140,13 @@ class InferencePlan(_Ahead):
     def __call__(
         self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], resets: Sequence[Tensor] = ()
     ) -> tuple[Any, ...]:
-        h_n = x.new_empty(self.h_shape)
-        c_n = x.new_empty(self.c_shape) if self.has_c else h_n
-        y = h_n if self.form.step else x.new_empty(self.y_shape)
+        h_n = x.new_empty(*self.h_shape)
+        c_n = x.new_empty(*self.c_shape) if self.has_c else h_n
+        y = h_n if self.form.step else x.new_empty(*self.y_shape)
         h0, c0 = (states[0], states[-1]) if states else (self.zeros, self.zeros)
         workspace = self.workspaces.take(x)
         tensors = [workspace, x, y, h_n, c_n, h0, c0, *weights]
-        tensors += [x.new_empty(self.y_shape) for _ in self.plans[1:]]  # of inner layers
+        tensors += [x.new_empty(*self.y_shape) for _ in self.plans[1:]]  # of inner layers
         addresses = [tensor.data_ptr() for tensor in tensors]
         for plan in self.plans:
             plan.run(self.kernel, self.way.pack_forward, addresses, tensors)
@@ -180,7 +180,7 @@ class LayerPlan(_Ahead):
     def __init__(self, form: Form, given: Given, graded: bool) -> None:
         x, states, weights, extras = given
         super().__init__(form, x, states, weights)
-        layer, results = self.layer(0, x, x, x.new_empty(self.y_shape), states)
+        layer, results = self.layer(0, x, x, x.new_empty(*self.y_shape), states)
         layer = layer._replace(extras=extras)
         self.weights = weight_names(layer.weights)
         self._sizes(x, layer, graded)
@@ -234,11 +234,11 @@ class LayerPlan(_Ahead):
         """(y, h_n, c_n), with `Extras.states` also cells, of a step (h, c); and what backward needs beside the
         tensors."""
         x = tensors[0]
-        h_n = x.new_empty(self.h_shape)
-        c_n = x.new_empty(self.c_shape) if self.has_c else h_n
-        y = h_n if self.form.step else x.new_empty(self.y_shape)
-        gates = h_n if self.gates_shape is None else in_huge_pages(x.new_empty(self.gates_shape))
-        cells = h_n if self.cells_shape is None else in_huge_pages(x.new_empty(self.cells_shape))
+        h_n = x.new_empty(*self.h_shape)
+        c_n = x.new_empty(*self.c_shape) if self.has_c else h_n
+        y = h_n if self.form.step else x.new_empty(*self.y_shape)
+        gates = h_n if self.gates_shape is None else in_huge_pages(x.new_empty(*self.gates_shape))
+        cells = h_n if self.cells_shape is None else in_huge_pages(x.new_empty(*self.cells_shape))
         workspace = self.forward_space.take(x)
         initial, others = self._initial(tensors), (*tensors[self.first_weight :], *self.shares)
         everything = [workspace, x, y, h_n, c_n, *initial, gates, cells, *others]
@@ -281,8 +281,8 @@ class LayerPlan(_Ahead):
             found = self.backwards[key] = self._backward_plan(x, given, needs)
         plan, spaces = found
         h0, c0 = self._initial(tensors)
-        dh0, dc0 = (x.new_empty(self.h_shape), x.new_empty(self.c_shape) if self.has_c else None)
-        dx = [x.new_empty(x.shape) for _ in range(directions)] if needs[0] else [None] * directions
+        dh0, dc0 = (x.new_empty(*self.h_shape), x.new_empty(*self.c_shape) if self.has_c else None)
+        dx = [x.new_empty(*x.shape) for _ in range(directions)] if needs[0] else [None] * directions
         of_weights = self._weight_gradients(others, needs, plan.parts)
         of_extras = [
             torch.zeros_like(t, memory_format=torch.contiguous_format) if want else None

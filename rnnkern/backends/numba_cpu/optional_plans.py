@@ -123,7 +123,7 @@ class OptionalForwardPlan(_OptionalPlan):
 
     def __init__(self, layer: Layer, states: States) -> None:
         super().__init__(layer, plans.CHUNK_ROWS)
-        self.packs = self.total > plans.ROWS_IN_PLACE
+        self.packs = self.total > self.rows_in_place
         for d in range(len(layer.weights)):
             self.add_direction(self._direction(layer, states, d))
 

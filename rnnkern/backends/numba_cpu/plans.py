@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rnnkern.backends import Layer, Saved, States
 from rnnkern.backends.numba_cpu import team
-from rnnkern.backends.numba_cpu.jit import ready
+from rnnkern.backends.numba_cpu.launch import Launch
 from rnnkern.backends.numba_cpu.operands import (
     Backward,
     Forward,
@@ -54,8 +54,11 @@ MOST_SEQUENCES = 64
 # Rows of a chunk: enough for full tiles, few enough for the second cache.
 CHUNK_ROWS = 64
 BACKWARD_CHUNK_ROWS = 128
-# Up to so many rows in all, reading the weights in place costs less than packing them first: a step of a batch.
+# Up to so many rows in all, reading the weights in place costs less than packing them first: a step of a batch. Small
+# weights are packed within the caches, so that fewer rows are worth it.
 ROWS_IN_PLACE = 64
+FEW_ROWS_IN_PLACE = 20
+MANY_WEIGHTS = 100_000  # numbers of a layer
 # Backward, where packing only moves rows of a weight together, and those of whole vectors may stay.
 BACKWARD_ROWS_IN_PLACE = 128
 
@@ -156,7 +159,8 @@ class Plan(Cut):
         self.block = -(-self.most // -(-self.most // MOST_SEQUENCES))
         self.chunk = max(1, min(self.steps, chunk_rows // self.block))
         self.space = Space()
-        self.packs = self.compiled = False
+        self.packs = False
+        self.launch: Launch | None = None
         self.tensors = ["workspace"]  # of a call, by name, in the order in which `run` is told their addresses
         self.directions: list[tuple[array[int], list[Address]]] = []
         self._addresses: list[Address] = []
@@ -229,47 +233,23 @@ class Plan(Cut):
         self.directions.append((array("q", flatten(operands)), self._addresses))
         self._addresses = []
 
+    @property
+    def rows_in_place(self) -> int:
+        """Up to so many rows in all a forward sweep reads the weights in place."""
+        many = self.recurrent * (self.inputs + self.outputs) >= MANY_WEIGHTS
+        return ROWS_IN_PLACE if many else FEW_ROWS_IN_PLACE
+
+    @property
+    def member_at(self) -> int:
+        """Which integer of the operands says which member they are for; their number and the barrier follow."""
+        return POSITIONS[self.operands]["sizes.member"]
+
     def run(self, kernel: Any, pack: Any, addresses: Sequence[int], alive: object) -> None:
         """Packs the weights of each direction, then runs all shares. Addresses are those of `tensors`; `alive` holds
         these."""
-        operands, places = [], []
-        for template, fields in self.directions:
-            filled = template[:]
-            for position, tensor, offset in fields:
-                filled[position] = addresses[tensor] + offset
-            operands.append(filled)
-            places.append(filled.buffer_info()[0])
-        zero = self.zero
-        if not self.compiled:
-            ready(pack, 4, zero)
-            ready(kernel, 4, zero)
-            self.compiled = True
-        alive = (operands, alive)
-        if self.packs:
-            parts = self.parts * self.members
-            self._run(pack, [(place, self.gates, part, parts) for place in places for part in range(parts)], alive)
-        shares = [(places[d], first, last, place) for d, first, last, place in self.shares]
-        if self.members == 1:
-            self._run(kernel, shares, alive)
-        else:
-            # held until all are done: the threads are told where they lie
-            copies = [self._copy(filled, member) for filled in operands for member in range(self.members)]
-            each = [(copy.buffer_info()[0], 0, self.batch, i % self.members) for i, copy in enumerate(copies)]
-            team.run_together(kernel, each, shares, self.zero, (copies, alive))
-
-    def _copy(self, filled: "array[int]", member: int) -> "array[int]":
-        """The operands of a direction for one of those that run it together."""
-        copy, at = filled[:], POSITIONS[self.operands]["sizes.member"]
-        copy[at : at + 3] = array("q", (member, self.members, team.BARRIER))
-        return copy
-
-    def _run(self, kernel: Any, shares: list[team.Share], alive: object) -> None:
-        """Runs the kernel once for each share, on several threads if that is worth it."""
-        if self.divided and len(shares) > 1:
-            team.run(kernel, shares, self.zero, alive)
-        else:
-            for share in shares:
-                kernel(*share, self.zero)
+        if self.launch is None:
+            self.launch = Launch(self, kernel, pack)
+        self.launch(addresses, alive)
 
 
 class ForwardPlan(Plan):
@@ -280,7 +260,7 @@ class ForwardPlan(Plan):
 
     def __init__(self, layer: Layer, states: States) -> None:
         super().__init__(layer, CHUNK_ROWS)
-        self.packs = self.total > ROWS_IN_PLACE
+        self.packs = self.total > self.rows_in_place
         for d, weights in enumerate(layer.weights):
             self.add_direction(self._direction(layer, states, d, weights))
 
