@@ -10,6 +10,8 @@ from torch import Tensor
 
 from rnnkern.backends import Cotangents, Layer, States, numba_cpu
 from rnnkern.backends.numba_cpu import plans
+from rnnkern.backends.numba_cpu.backward import UNITS_PART
+from rnnkern.backends.numba_cpu.sweep import DEPTH_PART, ROWS_THAT_STAY
 from rnnkern.backends.numba_cpu.vector import VECTOR_BYTES
 from rnnkern.cells import TORCH_CELLS
 from rnnkern.packing import positions
@@ -127,10 +129,22 @@ def test_where_weights_are_read_in_place(most: int, more: int) -> None:
     names |= dict.fromkeys(f"d{name}0" for name in plans.WEIGHTS)
     backward = plans.BackwardPlan(layer, states.saved, names)
     assert backward.packs == (rows > plans.BACKWARD_ROWS_IN_PLACE)
+    with plan_constants(TOO_MANY_WEIGHTS=1):
+        assert plans.BackwardPlan(layer, states.saved, names).packs == (rows > plans.BACKWARD_FEW_ROWS_IN_PLACE)
     odd = layer._replace(
         x=layer.x[..., :-1], weights=tuple(w._replace(weight_ih=w.weight_ih[:, :-1]) for w in layer.weights)
     )
     assert plans.BackwardPlan(odd, states.saved, names).packs
+
+
+@every_cell
+def test_layers_whose_products_are_taken_in_parts(cell: str) -> None:
+    """Of more pre-activations than a part of a product or of an outer product holds, whole vectors of them and not;
+    rows that stay while they meet all panels, and rows that do not; in panels and in place."""
+    gates = len(TORCH_CELLS[cell].gates)
+    for hidden in (-(-max(DEPTH_PART, UNITS_PART) // gates // 16) * 16 + 16, max(DEPTH_PART, UNITS_PART) // gates + 5):
+        for steps, batch in ((3, 3), (2, ROWS_THAT_STAY + 3), (2, plans.MOST_SEQUENCES), (3, 50)):
+            check(random_layer(cell, steps=steps, batch=batch, inputs=24, hidden=hidden, scale=hidden**-0.5))
 
 
 CUTS = [

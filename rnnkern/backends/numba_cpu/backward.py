@@ -149,9 +149,8 @@ def input_gradients(a, chunk, chunk_end, first, last, rows, own, space, gates, z
     for n in range(rows):
         copy_in(space + a.xs + n * x_row, 0, sizes.inputs, zero)
     product(
-        rows, common(a, space) + a.dgx, a.dg_row, a.w_ih, gates * sizes.hidden, own.inputs[0], own.inputs[1],
-        space + a.xs, x_row, zero,
-    )  # fmt: skip
+        rows, common(a, space) + a.dgx, a.dg_row, a.w_ih, gates * sizes.hidden, own.inputs, 0, space + a.xs, x_row, zero
+    )
     n = 0
     for s in range(chunk_end - 1, chunk - 1, -1):
         t = step_order(sizes, s)
@@ -181,7 +180,7 @@ def add_output_gradient(a, t, n, rows, first, own, space, zero):
         for b in range(rows):
             copy_in(space + a.dp + (n + b) * dh_row, dh + b * dh_row, outputs, zero)
             copy_in(dm + b * dm_row, 0, hidden, zero)
-        product(rows, dh, dh_row, a.w_hr, outputs, 0, dm_row // VECTOR_BYTES, dm, dm_row, zero)
+        product(rows, dh, dh_row, a.w_hr, outputs, (0, dm_row // VECTOR_BYTES), 0, dm, dm_row, zero)
         for b in range(rows):
             copy_in(dh + b * dh_row, 0, outputs, zero)
 
@@ -266,8 +265,8 @@ def backward_sweep(a, first, last, share, gates, cell, zero):
                 add_output_gradient(a, t, n, rows, block, own, space, zero)
                 backward_step(a, s, t, n, block, rows, own, space, cell, zero)
                 wait_for_members(sizes)
-                dgh, dh, (begin, until) = common(a, space) + a.dgh + n * a.dg_row, space + a.dh, own.outputs
-                product(rows, dgh, a.dg_row, a.w_hh, gates * sizes.hidden, begin, until, dh, dh_row, zero)
+                dgh, dh = common(a, space) + a.dgh + n * a.dg_row, space + a.dh
+                product(rows, dgh, a.dg_row, a.w_hh, gates * sizes.hidden, own.outputs, s, dh, dh_row, zero)
                 n += rows
             if n > 0:
                 weight_gradients(a, n, share, own, fresh, space, gates, zero)

@@ -19,11 +19,13 @@ from rnnkern.backends.numba_cpu.sweep import (
     copy_in_own,
     copy_out,
     copy_out_own,
+    count_panels,
     gather,
     outer_row,
     outer_step,
     own_units,
     padded_bytes,
+    panel_of,
     rows_in,
     saved_step,
     state_row,
@@ -62,14 +64,32 @@ def pack_forward(a, gates, part, parts, zero):
 
 @woven
 def gate_tile(
-    weight, gates, units, depth, v, width, b, height, rows, x, x_row, c0, c0_row, c0_column, c, c_row, c_column, zero
+    weight,
+    gates,
+    units,
+    depth,
+    v,
+    width,
+    after,
+    b,
+    height,
+    rows,
+    x,
+    x_row,
+    c0,
+    c0_row,
+    c0_column,
+    c,
+    c_row,
+    c_column,
+    zero,
 ):
     """C (height, gates*width vectors) = C0 + x (height, depth) @ weight^T of the units from vector v on; x, C0 and C
-    begin with row b of `rows`."""
+    begin with row b of `rows`. The units from vector `after` on come next."""
     lanes, columns = vector_lanes(zero), gates * width
     if weight.panels != 0:
         panel, panel_row = weight.panels + v * gates * depth * VECTOR_BYTES, columns * VECTOR_BYTES
-        following, lines = panel + depth * panel_row, depth * panel_row // CACHE_LINE
+        following, lines = weight.panels + after * gates * depth * VECTOR_BYTES, depth * panel_row // CACHE_LINE
         tile(
             height, columns, x, x_row, panel, panel_row, depth, ahead(following, lines, b, rows),
             c0, c0_row, c0_column, c, c_row, c_column, zero,
@@ -112,16 +132,16 @@ def input_product(a, rows, own, space, gates, zero):
             x = space + a.xs + n * x_row
             bias, gx = space + a.b_x + v * VECTOR_BYTES, space + a.gx + n * gates * gate_row + v * VECTOR_BYTES
             gate_tile(
-                a.w_ih, gates, hidden, inputs, v, width, n, height, rows, x, x_row,
+                a.w_ih, gates, hidden, inputs, v, width, v + width, n, height, rows, x, x_row,
                 bias, 0, column, gx, gates * gate_row, column, zero,
             )  # fmt: skip
             n += height
 
 
 @woven
-def forward_step(a, t, rows, first, own, gx, h_old, h_new, space, gates, separate, cell, zero):
-    """Step t of sequences first to first + rows, `own` units: from h_old to h_new (both (rows, W)), or to m with a
-    projection."""
+def forward_step(a, s, t, rows, first, own, gx, h_old, h_new, space, gates, separate, cell, zero):
+    """Step t, the s-th of the sweep, of sequences first to first + rows, `own` units: from h_old to h_new (both
+    (rows, W)), or to m with a projection."""
     hidden, outputs = a.sizes.hidden, a.sizes.outputs
     lanes, item, per_panel = vector_lanes(zero), item_bytes(zero), units_per_panel(gates)
     gate_row, h_row = padded_bytes(hidden, zero), padded_bytes(outputs, zero)
@@ -129,7 +149,9 @@ def forward_step(a, t, rows, first, own, gx, h_old, h_new, space, gates, separat
     column = gate_row if gates > 1 else VECTOR_BYTES
     y_step = outer_step(a.sizes, a.y, t)
     gates_step, cells_step = saved_step(a.sizes, a.gates, t), saved_step(a.sizes, a.cells, t)
-    for v in range(own.hidden[0], own.hidden[1], per_panel):
+    panels = count_panels(own.hidden, per_panel)
+    for p in range(panels):
+        v, after = panel_of(own.hidden, per_panel, panels, p, s), panel_of(own.hidden, per_panel, panels, p + 1, s)
         width = min(per_panel, own.hidden[1] - v)
         columns = gates * width
         gh, gh_row, spacing = space + a.tile, columns * VECTOR_BYTES, width * VECTOR_BYTES
@@ -138,7 +160,7 @@ def forward_step(a, t, rows, first, own, gx, h_old, h_new, space, gates, separat
             height = tile_height(rows - b, MAX_ROWS[columns])
             sums = space + a.b_h if separate else gx + b * gx_row
             gate_tile(
-                a.w_hh, gates, hidden, outputs, v, width, b, height, rows, h_old + b * h_row, h_row,
+                a.w_hh, gates, hidden, outputs, v, width, after, b, height, rows, h_old + b * h_row, h_row,
                 sums + v * VECTOR_BYTES, 0 if separate else gx_row, column, gh, gh_row, VECTOR_BYTES, zero,
             )  # fmt: skip
             for r in range(b, b + height):
@@ -175,7 +197,7 @@ def project(a, t, rows, first, h_new, space, zero):
                 for j in range(width):
                     store(h + r * h_row + j * VECTOR_BYTES, broadcast(zero))
             gate_tile(
-                a.w_hr, 1, outputs, hidden, v, width, b, height, rows, m, m_row,
+                a.w_hr, 1, outputs, hidden, v, width, v + width, b, height, rows, m, m_row,
                 h, h_row, VECTOR_BYTES, h, h_row, VECTOR_BYTES, zero,
             )  # fmt: skip
             b += height
@@ -238,7 +260,7 @@ def forward_sweep(a, first, last, share, gates, separate, cell, zero):
                 h_old = states + (s % 2) * sizes.block * h_row
                 h_new = states + ((s + 1) % 2) * sizes.block * h_row
                 gx = space + a.gx + n * gates * gate_row
-                forward_step(a, t, rows, block, own, gx, h_old, h_new, space, gates, separate, cell, zero)
+                forward_step(a, s, t, rows, block, own, gx, h_old, h_new, space, gates, separate, cell, zero)
                 if a.w_hr.base != 0:
                     project(a, t, rows, block, h_new, space, zero)
                 wait_for_members(sizes)

@@ -61,7 +61,7 @@ from rnnkern.backends.numba_cpu.vector import (
 @shared
 def shared_product(rows, a, a_row, weight, depth, units, c, c_row, zero):
     """`product`, compiled once for all that call it here."""
-    product(rows, a, a_row, weight, depth, 0, padded_bytes(units, zero) // VECTOR_BYTES, c, c_row, zero)
+    product(rows, a, a_row, weight, depth, (0, padded_bytes(units, zero) // VECTOR_BYTES), 0, c, c_row, zero)
 
 
 @woven

@@ -59,8 +59,11 @@ BACKWARD_CHUNK_ROWS = 128
 ROWS_IN_PLACE = 64
 FEW_ROWS_IN_PLACE = 20
 MANY_WEIGHTS = 100_000  # numbers of a layer
-# Backward, where packing only moves rows of a weight together, and those of whole vectors may stay.
+# Backward, where packing only moves rows of a weight together, and those of whole vectors may stay. Weights that come
+# from behind the second cache at every step come faster as panels.
 BACKWARD_ROWS_IN_PLACE = 128
+BACKWARD_FEW_ROWS_IN_PLACE = 24
+TOO_MANY_WEIGHTS = 1_000_000
 
 
 def positions(kind: Any, prefix: str = "", start: int = 0) -> dict[str, int]:
@@ -314,7 +317,9 @@ class BackwardPlan(Plan):
 
     def _panels(self, units: int, depth: int) -> int:
         """Of a weight's panels; 0 where it may stay as it is."""
-        if self.total <= BACKWARD_ROWS_IN_PLACE and units * self.item % VECTOR_BYTES == 0:
+        wide = units * depth >= TOO_MANY_WEIGHTS
+        most = BACKWARD_FEW_ROWS_IN_PLACE if wide else BACKWARD_ROWS_IN_PLACE
+        if self.total <= most and units * self.item % VECTOR_BYTES == 0:
             return 0
         self.packs = True
         return self.width(units) * depth

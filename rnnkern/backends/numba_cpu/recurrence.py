@@ -80,7 +80,7 @@ def gate_product(weight, gates, units, depth, rows, x, x_row, c0, c0_row, c, c_r
         while n < rows:
             height = tile_height(rows - n, MAX_ROWS[tile_gates * width])
             gate_tile(
-                weight, tile_gates, units, depth, v, width, n, height, rows, x + n * x_row, x_row,
+                weight, tile_gates, units, depth, v, width, v + width, n, height, rows, x + n * x_row, x_row,
                 c0 + n * c0_row + v * VECTOR_BYTES, c0_row, column,
                 c + n * c_row + v * VECTOR_BYTES, c_row, column, zero,
             )  # fmt: skip

@@ -40,6 +40,7 @@ from rnnkern.backends.numba_cpu.vector import (
 )
 
 DEPTH_PART = 512  # of a product in backward: 128 KiB of a panel
+ROWS_THAT_STAY = 64
 
 
 @inlined
@@ -219,31 +220,47 @@ def ahead(following, lines, b, rows):
     return following + lines * b // rows * CACHE_LINE
 
 
+@inlined
+def count_panels(own, per_panel):
+    """Of vectors `own`."""
+    return (own[1] - own[0] + per_panel - 1) // per_panel
+
+
+@inlined
+def panel_of(own, per_panel, panels, p, s):
+    """Where the panel begins that the s-th step meets as its p-th: every other step goes from the last one back to the
+    first. Of weights that are larger than the second cache, those that a step has met last are still there."""
+    return own[0] + (panels - 1 - p if s % 2 else p) * per_panel
+
+
 @woven
-def product(rows, a, a_row, weight, depth, first, last, c, c_row, zero):
+def product(rows, a, a_row, weight, depth, own, s, c, c_row, zero):
     """c (rows, units) += a (rows, depth) @ weight (depth, units), packed by its depth, or in place where its units are
-    whole vectors; of vectors [first, last) of the units, which are whole panels.
+    whole vectors; of `own` vectors of the units, which are whole panels, in the order of the s-th step.
 
     The depth, which is that of all gates, is taken in parts: those of a panel and of the one that follows stay in the
-    second cache while all rows meet them, and so do the parts of the rows."""
+    second cache while all rows meet them. Where rows are many, their parts stay there while they meet all panels."""
     packed, item = weight.panels != 0, item_bytes(zero)
-    for k in range(0, depth, DEPTH_PART):
-        part = min(DEPTH_PART, depth - k)
-        for v in range(first, last, MAX_VECTORS):
-            width = min(MAX_VECTORS, last - v)
-            panel_row = width * VECTOR_BYTES if packed else weight.row
-            panel = (
-                weight.panels + v * depth * VECTOR_BYTES if packed else weight.base + v * VECTOR_BYTES
-            ) + k * panel_row
-            following = panel + width * depth * VECTOR_BYTES
-            lines = part * panel_row // CACHE_LINE
-            b = 0
-            while b < rows:
-                height = tile_height(rows - b, MAX_ROWS[width])
-                at = c + b * c_row + v * VECTOR_BYTES
-                tile(
-                    height, width, a + b * a_row + k * item, a_row, panel, panel_row, part,
-                    ahead(following, lines, b, rows) if packed else a, at, c_row, VECTOR_BYTES, at, c_row, VECTOR_BYTES,
-                    zero,
-                )  # fmt: skip
-                b += height
+    panels, parts = count_panels(own, MAX_VECTORS), (depth + DEPTH_PART - 1) // DEPTH_PART
+    rows_stay = not packed or rows >= ROWS_THAT_STAY
+    for i in range(panels * parts):
+        p, k = (i % panels, i // panels * DEPTH_PART) if rows_stay else (i // parts, i % parts * DEPTH_PART)
+        v, part = panel_of(own, MAX_VECTORS, panels, p, s), min(DEPTH_PART, depth - k)
+        width = min(MAX_VECTORS, own[1] - v)
+        panel_row = width * VECTOR_BYTES if packed else weight.row
+        panel = (weight.panels + v * depth * VECTOR_BYTES if packed else weight.base + v * VECTOR_BYTES) + k * panel_row
+        lines = part * panel_row // CACHE_LINE
+        following = panel + part * panel_row
+        if rows_stay or k + part == depth:
+            after = panel_of(own, MAX_VECTORS, panels, p + 1, s)
+            following = weight.panels + after * depth * VECTOR_BYTES + (k * panel_row if rows_stay else 0)
+        b = 0
+        while b < rows:
+            height = tile_height(rows - b, MAX_ROWS[width])
+            at = c + b * c_row + v * VECTOR_BYTES
+            tile(
+                height, width, a + b * a_row + k * item, a_row, panel, panel_row, part,
+                ahead(following, lines, b, rows) if packed else a, at, c_row, VECTOR_BYTES, at, c_row, VECTOR_BYTES,
+                zero,
+            )  # fmt: skip
+            b += height
