@@ -118,7 +118,7 @@ OF_CELLS = [
         "forward",
         "rnn_tanh",
         {
-            "tanh slightly off": ("_series(2.0, 12)", "_series(2.0, 5)"),
+            "tanh slightly off": ("_SERIES[12::-1]", "_SERIES[5::-1]"),
         },
     ),
 ]

@@ -3,7 +3,7 @@
     for each chunk of steps:    gx = x W_ih^T + b                    one product for all its rows
         for each step:          gh = h W_hh^T (+ gx, or + b_hh)      (c, h) = cell(gx, gh, c, h)
 
-For each panel of units and tile of sequences, gh goes into a few vectors that stay in L1 and straight through the cell.
+For each panel of units, gh of all sequences goes into rows that stay in L1, and from there through the cell.
 h is double-buffered, since the other panels of a step still read the old one. Sequences leave (their state goes to h_n)
 or join (their state is still h0) as the direction meets their ends.
 
@@ -11,9 +11,10 @@ A weight is read in panels (tile.py), or in place (blocks.py) where packing it w
 """
 
 from rnnkern.backends.numba_cpu.blocks import dot_units, pack_units
-from rnnkern.backends.numba_cpu.jit import inlined, woven
+from rnnkern.backends.numba_cpu.jit import inlined, shared, woven
 from rnnkern.backends.numba_cpu.sweep import (
     ahead,
+    behind,
     clear_ended,
     common,
     copy_in_own,
@@ -24,6 +25,7 @@ from rnnkern.backends.numba_cpu.sweep import (
     outer_row,
     outer_step,
     own_units,
+    own_vectors,
     padded_bytes,
     panel_of,
     rows_in,
@@ -38,6 +40,7 @@ from rnnkern.backends.numba_cpu.vector import (
     VECTOR_BYTES,
     broadcast,
     item_bytes,
+    load_int,
     load_part,
     store,
     store_part,
@@ -55,7 +58,7 @@ def units_per_panel(gates):
 def pack_forward(a, gates, part, parts, zero):
     """Packs the weights that have panels."""
     if a.w_ih.panels != 0:
-        pack_units(a.w_ih, gates, a.sizes.hidden, a.sizes.inputs, units_per_panel(gates), part, parts, zero)
+        pack_units(a.w_ih, 1, gates * a.sizes.hidden, a.sizes.inputs, MAX_VECTORS, part, parts, zero)
     if a.w_hh.panels != 0:
         pack_units(a.w_hh, gates, a.sizes.hidden, a.sizes.outputs, units_per_panel(gates), part, parts, zero)
     if a.w_hr.panels != 0:
@@ -117,25 +120,51 @@ def load_bias(target, source, gates, hidden, more, zero):
             store(target + gate * padded_bytes(hidden, zero) + u * item, bias)
 
 
+@inlined
+def gx_bytes(gates, hidden, zero):
+    """Bytes of a row of gx. A vector of the last gate's units may end as much as a vector behind the row."""
+    return padded_bytes(gates * hidden, zero) + VECTOR_BYTES
+
+
 @woven
 def input_product(a, rows, own, space, gates, zero):
-    """gx of the rows of a chunk, of `own` units."""
-    hidden, inputs = a.sizes.hidden, a.sizes.inputs
-    gate_row, x_row, per_panel = padded_bytes(hidden, zero), padded_bytes(inputs, zero), units_per_panel(gates)
-    column = gate_row if gates > 1 else VECTOR_BYTES
-    for v in range(own.hidden[0], own.hidden[1], per_panel):
-        width = min(per_panel, own.hidden[1] - v)
-        columns = gates * width
+    """gx of the rows of a chunk, `own` vectors of all gates in a row."""
+    inputs, units = a.sizes.inputs, gates * a.sizes.hidden
+    x_row, gx_row, into = padded_bytes(inputs, zero), gx_bytes(gates, a.sizes.hidden, zero), common(a, space) + a.gx
+    for v in range(own[0], own[1], MAX_VECTORS):
+        width = min(MAX_VECTORS, own[1] - v)
         n = 0
         while n < rows:
-            height = tile_height(rows - n, MAX_ROWS[columns])
-            x = space + a.xs + n * x_row
-            bias, gx = space + a.b_x + v * VECTOR_BYTES, space + a.gx + n * gates * gate_row + v * VECTOR_BYTES
+            height = tile_height(rows - n, MAX_ROWS[width])
             gate_tile(
-                a.w_ih, gates, hidden, inputs, v, width, v + width, n, height, rows, x, x_row,
-                bias, 0, column, gx, gates * gate_row, column, zero,
+                a.w_ih, 1, units, inputs, v, width, v + width, n, height, rows, space + a.xs + n * x_row, x_row,
+                space + a.b_x + v * VECTOR_BYTES, 0, VECTOR_BYTES,
+                into + n * gx_row + v * VECTOR_BYTES, gx_row, VECTOR_BYTES, zero,
             )  # fmt: skip
             n += height
+
+
+@shared
+def cell_rows(
+    rows, width, units, gh, gh_row, gx, gx_row, order, b, y, y_row, gates, gates_row, cells, cells_row, slot, c, c_row,
+    h_old, h_new, h_row, new_row, projected, cell, zero
+):  # fmt: skip
+    """The cell on `rows` sequences from b on and `width` vectors of units, of which `units` are real: each address is of
+    the first of them, and strides lead to the next sequence. A function of its own, so that the constants of the gates
+    stay in registers from row to row."""
+    lanes = vector_lanes(zero)
+    for r in range(rows):
+        place = y + (load_int(order + 8 * (b + r)) if order != 0 else b + r) * y_row
+        for w in range(width):
+            at, count = w * VECTOR_BYTES, units - w * lanes
+            kept = gates + r * gates_row + at if gates != 0 else 0
+            out = cell(
+                gx + r * gx_row + at, slot, gh + r * gh_row + at, width * VECTOR_BYTES, kept, slot,
+                cells + r * cells_row + at, c + r * c_row + at, h_old + r * h_row + at, count, zero,
+            )  # fmt: skip
+            store(h_new + r * new_row + at, out)
+            if not projected:
+                store_part(place + at, out, zero, count)
 
 
 @woven
@@ -145,8 +174,9 @@ def forward_step(a, s, t, rows, first, own, gx, h_old, h_new, space, gates, sepa
     hidden, outputs = a.sizes.hidden, a.sizes.outputs
     lanes, item, per_panel = vector_lanes(zero), item_bytes(zero), units_per_panel(gates)
     gate_row, h_row = padded_bytes(hidden, zero), padded_bytes(outputs, zero)
-    gx_row, slot = gates * gate_row, hidden * item
-    column = gate_row if gates > 1 else VECTOR_BYTES
+    gx_row, slot = gx_bytes(gates, hidden, zero), hidden * item
+    column = slot if gates > 1 else VECTOR_BYTES
+    out_row = gate_row if a.w_hr.base != 0 else h_row
     y_step = outer_step(a.sizes, a.y, t)
     gates_step, cells_step = saved_step(a.sizes, a.gates, t), saved_step(a.sizes, a.cells, t)
     panels = count_panels(own.hidden, per_panel)
@@ -154,31 +184,26 @@ def forward_step(a, s, t, rows, first, own, gx, h_old, h_new, space, gates, sepa
         v, after = panel_of(own.hidden, per_panel, panels, p, s), panel_of(own.hidden, per_panel, panels, p + 1, s)
         width = min(per_panel, own.hidden[1] - v)
         columns = gates * width
-        gh, gh_row, spacing = space + a.tile, columns * VECTOR_BYTES, width * VECTOR_BYTES
+        gh, gh_row = space + a.tile, columns * VECTOR_BYTES
         b = 0
         while b < rows:
             height = tile_height(rows - b, MAX_ROWS[columns])
             sums = space + a.b_h if separate else gx + b * gx_row
             gate_tile(
                 a.w_hh, gates, hidden, outputs, v, width, after, b, height, rows, h_old + b * h_row, h_row,
-                sums + v * VECTOR_BYTES, 0 if separate else gx_row, column, gh, gh_row, VECTOR_BYTES, zero,
+                sums + v * VECTOR_BYTES, 0 if separate else gx_row, column, gh + b * gh_row, gh_row, VECTOR_BYTES, zero,
             )  # fmt: skip
-            for r in range(b, b + height):
-                y, state = outer_row(a.sizes, a.y, y_step, first + r), h_new + r * h_row
-                saved, cells = gates_step + (first + r) * a.gates.row, cells_step + (first + r) * a.cells.row
-                for w in range(width):
-                    unit = (v + w) * lanes
-                    at, count = unit * item, hidden - unit
-                    kept = saved + at if a.gates.base != 0 else 0
-                    c, x = space + a.c + r * gate_row + at, gx + r * gx_row + at
-                    here, h_prev = gh + (r - b) * gh_row + w * VECTOR_BYTES, h_old + r * h_row + at
-                    out = cell(x, gate_row, here, spacing, kept, slot, cells + at, c, h_prev, count, zero)
-                    if a.w_hr.base != 0:
-                        store(space + a.m + r * gate_row + at, out)
-                    else:
-                        store(state + at, out)
-                        store_part(y + at, out, zero, count)
             b += height
+        cell_rows(
+            rows, width, hidden - v * lanes, gh, gh_row, gx + v * VECTOR_BYTES, gx_row,
+            a.sizes.order, first, y_step + v * VECTOR_BYTES, a.y.row,
+            behind(gates_step, first * a.gates.row + v * VECTOR_BYTES), a.gates.row,
+            cells_step + first * a.cells.row + v * VECTOR_BYTES, a.cells.row, slot,
+            space + a.c + v * VECTOR_BYTES, gate_row,
+            h_old + v * VECTOR_BYTES,
+            (space + a.m if a.w_hr.base != 0 else h_new) + v * VECTOR_BYTES, h_row, out_row,
+            a.w_hr.base != 0, cell, zero,
+        )  # fmt: skip
 
 
 @woven
@@ -235,10 +260,11 @@ def forward_sweep(a, first, last, share, gates, separate, cell, zero):
     """Sequences [first, last) through all steps. `gates`, `separate` and `cell` are constants of the kernel."""
     sizes, space = a.sizes, a.workspace + share * a.workspace_bytes
     own, states = own_units(sizes, units_per_panel(gates), zero), common(a, space) + a.h
-    gate_row, h_row = padded_bytes(sizes.hidden, zero), padded_bytes(sizes.outputs, zero)
-    load_bias(space + a.b_x, a.b_ih, gates, sizes.hidden, 0 if separate else a.b_hh, zero)
+    gx_row, h_row = gx_bytes(gates, sizes.hidden, zero), padded_bytes(sizes.outputs, zero)
+    own_gates = own_vectors(sizes, gates * sizes.hidden, MAX_VECTORS, zero)
+    load_bias(space + a.b_x, a.b_ih, 1, gates * sizes.hidden, 0 if separate else a.b_hh, zero)
     if separate:
-        load_bias(space + a.b_h, a.b_hh, gates, sizes.hidden, 0, zero)
+        load_bias(space + a.b_h, a.b_hh, 1, gates * sizes.hidden, 0, zero)
     for block in range(first, last, sizes.block):
         end = min(block + sizes.block, last)
         start_states(a, block, end, own, states, space, zero)
@@ -252,14 +278,15 @@ def forward_sweep(a, first, last, share, gates, separate, cell, zero):
                 into = space + a.xs + n * padded_bytes(sizes.inputs, zero)
                 gather(sizes, a.x, t, block, rows, sizes.inputs, into, zero)
                 n += rows
-            input_product(a, n, own, space, gates, zero)
+            input_product(a, n, own_gates, space, gates, zero)
+            wait_for_members(sizes)
             n = 0
             for s in range(chunk, chunk_end):
                 t = step_order(sizes, s)
                 rows = rows_in(sizes, t, block, end)
                 h_old = states + (s % 2) * sizes.block * h_row
                 h_new = states + ((s + 1) % 2) * sizes.block * h_row
-                gx = space + a.gx + n * gates * gate_row
+                gx = common(a, space) + a.gx + n * gx_row
                 forward_step(a, s, t, rows, block, own, gx, h_old, h_new, space, gates, separate, cell, zero)
                 if a.w_hr.base != 0:
                     project(a, t, rows, block, h_new, space, zero)

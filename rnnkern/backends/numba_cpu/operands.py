@@ -196,10 +196,10 @@ class Forward(NamedTuple):
     b_hh: int  # (G*H), or 0
     workspace: int  # (shares or members, workspace_bytes)
     workspace_bytes: int
-    b_x: int  # offset of (G, W): what the input product starts from
-    b_h: int  # offset of (G, W): what the recurrent product starts from, where the cell keeps the two apart
+    b_x: int  # offset of (G*H): what the input product starts from
+    b_h: int  # offset of (G*H): what the recurrent product starts from, where the cell keeps the two apart
     xs: int  # offset of (chunk*block, W): the inputs of a chunk
-    gx: int  # offset of (chunk*block, G, W): their products
+    gx: int  # offset of (chunk*block, G*H): their products
     h: int  # offset of (2, block, W)
     c: int  # offset of (block, W)
     m: int  # offset of (block, W): the cell's output before the projection

@@ -273,6 +273,7 @@ class ForwardPlan(Plan):
     def _direction(self, layer: Layer, states: States, d: int, w: Weights) -> Forward:
         space, rows = Space(), self.chunk * self.block
         hidden, outputs = self.width(self.hidden), self.width(self.outputs)
+        gates = self.width(self.recurrent) + VECTOR_BYTES  # vectors of the last gate may end behind it
         for name, bias in (("b_ih", w.bias_ih), ("b_hh", w.bias_hh)):
             if bias is not None:
                 self.at(name, f"{name}{d}")
@@ -286,20 +287,20 @@ class ForwardPlan(Plan):
             c0=self.states("c0", layer.c0, d),
             h_n=self.states("h_n", states.h_n, d),
             c_n=self.states("c_n", states.c_n, d),
-            w_ih=self.matrix("w_ih", f"w_ih{d}", w.weight_ih, self._panels(self.gates, self.hidden, self.inputs)),
+            w_ih=self.matrix("w_ih", f"w_ih{d}", w.weight_ih, self._panels(1, self.recurrent, self.inputs)),
             w_hh=self.matrix("w_hh", f"w_hh{d}", w.weight_hh, self._panels(self.gates, self.hidden, self.outputs)),
             w_hr=self.matrix("w_hr", f"w_hr{d}", w.weight_hr, self._panels(1, self.outputs, self.hidden)),
             b_ih=0,
             b_hh=0,
             workspace=0,
-            b_x=space.take(self.gates, hidden),
-            b_h=space.take(self.gates, hidden) if layer.cell.separate else 0,
+            b_x=space.take(1, gates),
+            b_h=space.take(1, gates) if layer.cell.separate else 0,
             xs=space.take(rows, self.width(self.inputs)),
-            gx=space.take(rows * self.gates, hidden),
+            gx=space.take(rows, gates),
             h=space.take(2 * self.block, outputs),
             c=space.take(self.block, hidden) if layer.cell.has_c else 0,
             m=space.take(self.block, hidden) if w.weight_hr is not None else 0,
-            tile=space.take(max(MAX_ROWS) * MAX_VECTORS, VECTOR_BYTES),
+            tile=space.take(self.block * MAX_VECTORS, VECTOR_BYTES),
             workspace_bytes=space.bytes,
         )
 

@@ -108,8 +108,8 @@ class Own(NamedTuple):
 
 
 @inlined
-def _own_vectors(sizes, units, per_panel, zero):
-    """Whole panels."""
+def own_vectors(sizes, units, per_panel, zero):
+    """Those of a row of `units` that are this thread's: whole panels."""
     vectors = padded_bytes(units, zero) // VECTOR_BYTES
     panels = (vectors + per_panel - 1) // per_panel
     first, last = panels * sizes.member // sizes.members, panels * (sizes.member + 1) // sizes.members
@@ -120,9 +120,9 @@ def _own_vectors(sizes, units, per_panel, zero):
 def own_units(sizes, per_panel, zero):
     """What of the units this thread works on."""
     return Own(
-        _own_vectors(sizes, sizes.inputs, per_panel, zero),
-        _own_vectors(sizes, sizes.hidden, per_panel, zero),
-        _own_vectors(sizes, sizes.outputs, per_panel, zero),
+        own_vectors(sizes, sizes.inputs, per_panel, zero),
+        own_vectors(sizes, sizes.hidden, per_panel, zero),
+        own_vectors(sizes, sizes.outputs, per_panel, zero),
     )
 
 
