@@ -149,9 +149,9 @@ def cell_rows(
     rows, width, units, gh, gh_row, gx, gx_row, order, b, y, y_row, gates, gates_row, cells, cells_row, slot, c, c_row,
     h_old, h_new, h_row, new_row, projected, cell, zero
 ):  # fmt: skip
-    """The cell on `rows` sequences from b on and `width` vectors of units, of which `units` are real: each address is of
-    the first of them, and strides lead to the next sequence. A function of its own, so that the constants of the gates
-    stay in registers from row to row."""
+    """The cell on `rows` sequences from b on and `width` vectors of units, of which `units` are real: each address is
+    of the first of them, and strides lead to the next sequence. A function of its own, so that the constants of the
+    gates stay in registers from row to row."""
     lanes = vector_lanes(zero)
     for r in range(rows):
         place = y + (load_int(order + 8 * (b + r)) if order != 0 else b + r) * y_row
