@@ -4,6 +4,7 @@ import platform
 import re
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from os import cpu_count
 from pathlib import Path
@@ -140,6 +141,7 @@ def ceiling(dtype: torch.dtype) -> float:
     return best
 
 
+@cache
 def fma_loop(scalar: Any, lanes: int) -> Any:
     """A compiled `loop(count, factor, addend)`: each accumulator becomes itself * factor + addend, count times.
 

@@ -76,12 +76,15 @@ def times(run: Run, cell: str, mode: str, shape: Shape, threads: int) -> Row:
             figures[name] |= run.platform.columns(name, problem, mode, run.ceilings)
         rivals = agreeing(run, problem, mode, threads, figures)
         with torch.inference_mode(mode == "forward"):
+            before = run.platform.ceilings_beside(run.dtype, run.ceilings)
             samples = in_turn(run, rivals, figures)
+            after = run.platform.ceilings_beside(run.dtype, run.ceilings)
     for name, rounds in samples.items():
         figures[name] |= time_columns(rounds, problem.flops(mode))
         if TORCH in samples:
             figures[name]["ratio"] = timing.ratio(samples[TORCH], rounds)
-    return make_row(run, cell, mode, shape, threads, figures)
+    ceilings = {name: max(before[name], after[name]) for name in before}
+    return make_row(run, cell, mode, shape, threads, figures, ceilings)
 
 
 def time_columns(rounds: Sequence[Sequence[float]], flops: float) -> dict[str, Any]:
@@ -140,13 +143,21 @@ def peaks(run: Run, cell: str, shape: Shape, threads: int) -> Row:
     return make_row(run, cell, MEMORY, shape, threads, figures)
 
 
-def make_row(run: Run, cell: str, mode: str, shape: Shape, threads: int, figures: Figures) -> Row:
-    """Records of what was measured, with all that tells where it belongs."""
+def make_row(
+    run: Run,
+    cell: str,
+    mode: str,
+    shape: Shape,
+    threads: int,
+    figures: Figures,
+    ceilings: Mapping[str, float] | None = None,
+) -> Row:
+    """Records of what was measured, with all that tells where it belongs; under the run's ceilings if no others."""
     common: dict[str, Any] = asdict(run.machine) | {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "dtype": run.dtype, "backend": run.backend, "threads": threads, "cell": cell, "mode": mode,
         "family": shape.family, "shape": shape.name, "T": shape.T, "B": shape.B, "I": shape.I, "H": shape.H,
         "options": shape.options(), "real_steps": int(shape.lengths().sum()),
-    } | run.ceilings  # fmt: skip
+    } | dict(ceilings or run.ceilings)  # fmt: skip
     record = run.platform.record
     return {name: record(**common, implementation=name, **measured) for name, measured in figures.items()}

@@ -64,10 +64,14 @@ class OnCpu:
         """How fast it could be at best, as columns of a record."""
         return {"ceiling_gflops": machine.ceiling(PRECISIONS[precision].dtype)}
 
+    def ceilings_beside(self, precision: str, ceilings: Mapping[str, float]) -> Mapping[str, float]:
+        """Those of a row that is being measured: the clock of a shared machine may be another than at the start."""
+        return self.ceilings(precision)
+
     def heading(self, ceilings: Mapping[str, float]) -> str:
         """The ceilings, and what else is to be known, in words."""
         return (
-            f"the ceiling of one core is {ceilings['ceiling_gflops']:.1f} GF/s, "
+            f"the ceiling of one core is now {ceilings['ceiling_gflops']:.1f} GF/s, "
             f"the load average was {os.getloadavg()[0]:.1f} at the start"
         )
 
@@ -134,6 +138,10 @@ class OnGpu(OnCpu):
         """How fast it could be at best, as columns of a record."""
         found = floors.measure(self.device, PRECISIONS[precision], self.watch, product=self.product, copy=self.copy)
         return {"ceiling_gflops": found.gflops, "ceiling_gbs": found.gbs}
+
+    def ceilings_beside(self, precision: str, ceilings: Mapping[str, float]) -> Mapping[str, float]:
+        """Those of the whole run."""
+        return ceilings
 
     def heading(self, ceilings: Mapping[str, float]) -> str:
         """The ceilings in words."""
