@@ -9,7 +9,7 @@ NUMBA = "backends/numba_cpu/"
 CELLS, GATES, TILE, BLOCKS = (NUMBA + name for name in ("cells.py", "gates.py", "tile.py", "blocks.py"))
 SWEEP, FORWARD, BACKWARD = (NUMBA + name for name in ("sweep.py", "forward.py", "backward.py"))
 KERNELS, VECTOR, CHOICE = (NUMBA + name for name in ("kernels.py", "vector.py", "choice.py"))
-PLANS, BACKEND, AHEAD = NUMBA + "plans.py", NUMBA + "__init__.py", NUMBA + "ahead.py"
+PLANS, LAUNCH, BACKEND, AHEAD = (NUMBA + name for name in ("plans.py", "launch.py", "__init__.py", "ahead.py"))
 
 
 class Mutation(NamedTuple):
@@ -108,17 +108,17 @@ PYTHON = [
         },
     ),
     *mutations(
-        PLANS,
+        LAUNCH,
         "shares",
         "rnn_tanh",
         {
             "tasks after the first share its rows": (
-                "(places[d], first, last, place) for d, first, last, place",
-                "(places[d], 0, last - first, place) for d, first, last, place",
+                "(place + start, first, last, part) for start, first, last, part",
+                "(place + start, 0, last - first, part) for start, first, last, part",
             ),
             "tasks after the first share its sums": (
-                "(places[d], first, last, place) for d, first, last, place",
-                "(places[d], first, last, 0) for d, first, last, place",
+                "(place + start, first, last, part) for start, first, last, part",
+                "(place + start, first, last, 0) for start, first, last, part",
             ),
         },
     ),
@@ -165,13 +165,13 @@ PYTHON = [
         },
     ),
     *mutations(
-        PLANS,
+        LAUNCH,
         "repeated",
         "GRU",
         {
             "stale packed weights": (
-                "        if self.packs:\n",
-                '        if self.packs and vars(self).setdefault("packed", addresses[0]) is addresses[0]:\n',
+                "        if plan.packs:\n",
+                '        if plan.packs and vars(plan).setdefault("packed", given) is given:\n',
             ),
         },
     ),

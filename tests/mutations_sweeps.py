@@ -107,8 +107,8 @@ OF_SWEEPS = [
                 "dx = dx_step + (first + b) * a.dx.row",
             ),
             "weight gradients: lanes past the last unit written": (
-                "store_part(at, value, zero, b_units - first)",
-                "store(at, value)",
+                "store_part(to, value, zero, count)",
+                "store(to, value)",
             ),
         },
     ),
@@ -136,8 +136,8 @@ OF_SWEEPS = [
                 "gather(sizes, a.x, step_order(sizes, chunk + chunk_end - 1 - s), block,",
             ),
             "a chunk takes up the products of the one before": (
-                "                gx = space + a.gx + n * gates * gate_row",
-                "                gx = space + a.gx",
+                "gx = common(a, space) + a.gx + n * gx_row",
+                "gx = common(a, space) + a.gx",
             ),
             "every block starts from the first one's states": (
                 "start_states(a, block, end, own, states, space, zero)",
@@ -148,10 +148,13 @@ OF_SWEEPS = [
                 "gather(sizes, a.x, t, first, rows,",
             ),
             "order ignored on y": (
-                "y, state = outer_row(a.sizes, a.y, y_step, first + r)",
-                "y, state = y_step + (first + r) * a.y.row",
+                "place = y + (load_int(order + 8 * (b + r)) if order != 0 else b + r) * y_row",
+                "place = y + (b + r) * y_row",
             ),
-            "y: lanes past the last unit written": ("store_part(y + at, out, zero, count)", "store(y + at, out)"),
+            "y: lanes past the last unit written": (
+                "store_part(place + at, out, zero, count)",
+                "store(place + at, out)",
+            ),
             "a row's dot products start from the first one's sums": (
                 "c0 + column * c0_column, c0_row, c + column",
                 "c0 + column * c0_column, 0, c + column",
@@ -180,24 +183,24 @@ OF_SWEEPS = [
         {
             "gru: recurrent bias added to both products": ("0 if separate else a.b_hh", "a.b_hh"),
             "gru: both biases the same": (
-                "load_bias(space + a.b_h, a.b_hh, gates",
-                "load_bias(space + a.b_h, a.b_ih, gates",
+                "load_bias(space + a.b_h, a.b_hh, 1,",
+                "load_bias(space + a.b_h, a.b_ih, 1,",
             ),
             "gru: recurrent bias dropped": (
-                "load_bias(space + a.b_h, a.b_hh, gates",
-                "load_bias(space + a.b_h, 0, gates",
+                "load_bias(space + a.b_h, a.b_hh, 1,",
+                "load_bias(space + a.b_h, 0, 1,",
             ),
             "gru: the recurrent product starts from the other": (
                 "sums = space + a.b_h if separate else gx + b * gx_row",
                 "sums = space + a.b_h if not separate else gx + b * gx_row",
             ),
             "no input product for the first row": (
-                "columns = gates * width\n        n = 0",
-                "columns = gates * width\n        n = 1",
+                "width = min(MAX_VECTORS, own[1] - v)\n        n = 0",
+                "width = min(MAX_VECTORS, own[1] - v)\n        n = 1",
             ),
             "saved rows are those of the first block": (
-                "saved, cells = gates_step + (first + r) * a.gates.row",
-                "saved, cells = gates_step + r * a.gates.row",
+                "behind(gates_step, first * a.gates.row + v * VECTOR_BYTES)",
+                "behind(gates_step, v * VECTOR_BYTES)",
             ),
             "gates in place all read the first": (
                 "rows = weight.base + (column // width * units + unit) * weight.row",
