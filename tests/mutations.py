@@ -188,8 +188,8 @@ PYTHON = [
         "repeated",
         "GRU",
         {
-            "by a plan: dx of the reverse direction dropped": ("dx[0].add_(other)", "pass"),
-            "by a plan: gradients of shares not added": ("total(g, plan.zero)", "g[0]"),
+            "by a plan: dx of the reverse direction dropped": ("made[0].add_(other)", "pass"),
+            "by a plan: gradients of shares not added": ("total(made[i], back.plan.zero)", "made[i][0]"),
             "by a plan: another layout of the gradient": (
                 "tuple(needs), *[None if g is None else g.stride() for g in given])",
                 "tuple(needs), *[g is None for g in given])",

@@ -2,8 +2,9 @@
 layers with gradients. What runs them knows that they look like those that they were made from (rnnkern/shortcut.py).
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from rnnkern.backends import Cotangents, Extras, Given, Layer, Saved, States, co
 from rnnkern.backends.numba_cpu.optional_plans import EXTRAS, named_shares
 from rnnkern.backends.numba_cpu.plans import WEIGHTS, Address, Plan
 from rnnkern.backends.numba_cpu.ways import adds_rows, total, way_of
-from rnnkern.backends.pages import in_huge_pages
+from rnnkern.backends.pages import LEAST_BYTES, in_huge_pages
 from rnnkern.cells import Weights, split_directions
 from rnnkern.shortcut import Form
 
@@ -169,35 +170,46 @@ def _meta(tensor: Tensor | None) -> Any:
     )
 
 
-# The tensors of a call behind one another, as plans call them; weights, extras and shares follow.
-_FORWARD = ("workspace", "x", "y", "h_n", "c_n", "h0", "c0", "gates", "cells")
-_BACKWARD = ("workspace", "x", "y", "gates", "cells", "h0", "c0", "dy", "dh_n", "dc_n", "dcells", "dh0", "dc0")
+# As plans call what backward reads of what forward made, and the gradients of its results.
+_KEPT, _GRADIENTS = ("y", "gates", "cells"), ("dy", "dh_n", "dc_n", "dcells")
+
+
+class _Back(NamedTuple):
+    """How gradients are found where the same ones are given and asked for."""
+
+    plan: Plan
+    spaces: Workspaces
+    empty: list[tuple[int, ...]]  # shapes of what sweeps write: first dx of each direction,
+    zeroed: list[tuple[int, ...]]  # and of what they add to
+    summed: list[int]  # which of these have a part for each share of the batch
+    returned: list[int | None]  # which of these is the gradient of each tensor of the call
 
 
 class LayerPlan(_Ahead):
-    """One layer, forward and backward."""
+    """One layer, forward and backward. The tensors of a call are, in this order, its workspace, those that it is given
+    and forward has kept, gradients that it is given, constants, and what it makes."""
 
     def __init__(self, form: Form, given: Given, graded: bool) -> None:
         x, states, weights, extras = given
         super().__init__(form, x, states, weights)
         layer, results = self.layer(0, x, x, x.new_empty(*self.y_shape), states)
         layer = layer._replace(extras=extras)
-        self.weights = weight_names(layer.weights)
-        self._sizes(x, layer, graded)
+        self._makes(x, layer, graded)
         gates, cells = (
-            None if shape is None else form.rows(x.new_empty(shape), x)
-            for shape in (self.gates_shape, self.cells_shape)
+            None if name not in self.made else form.rows(x.new_empty(self.made[name]), x) for name in ("gates", "cells")
         )
         results = results._replace(gates=gates, cells=cells)
+        self.weights = weight_names(layer.weights)
+        self.adds = {name for name in self.weights if adds_rows(name[:-1], layer.weights[0])}.union(EXTRAS)
         self.first_weight, self.first_extra = 1 + len(states), 1 + len(states) + len(weights)
         self.present = [i for i, tensor in enumerate(extras.tensors()) if tensor is not None]
+        self.names = ["x", *("h0", "c0")[: len(states)], *self.weights, *(EXTRAS[i] for i in self.present)]
         self.extras = Extras(*map(_meta, extras.tensors()), *extras[len(EXTRAS) :])
-        self.shares = tuple(named_shares(layer).values())
-        self.others = [*(EXTRAS[i] for i in self.present), *named_shares(layer)]
+        self.constants = {"zeros": self.zeros, **named_shares(layer)}
         self.way = way_of(layer)
         self.kernels = self.way.kernels[form.cell]
         self.forward_plan = self.way.forward_plan(layer, results)
-        number(self.forward_plan, in_turn([*_FORWARD, *self.weights, *self.others]))
+        number(self.forward_plan, self._numbers([], self.made, "h_n"))
         self.forward_space = Workspaces(x, self.forward_plan.space.bytes)
         self.meta = layer._replace(
             x=_meta(layer.x),
@@ -207,19 +219,36 @@ class LayerPlan(_Ahead):
             extras=self.extras,
         )
         self.saved = Saved(_meta(results.y), _meta(gates), _meta(cells))
-        self.backwards: dict[Any, tuple[Plan, Workspaces]] = {}
+        self.backwards: dict[Any, _Back] = {}
         self.looks: list[object] | None = None
         self.guard: Callable[..., bool] | None = None
         del self.sweeps
 
-    def _sizes(self, x: Tensor, layer: Layer, graded: bool) -> None:
-        """Of what is kept for backward, and given."""
-        spec, lead, directions = self.form.spec, x.shape[:-1], self.form.directions
-        self.every_c = layer.extras.states
-        self.y_kept = graded and not (self.form.step and bool(spec.saved))
-        self.gates_shape = (*lead, directions, layer.kept * self.hidden) if graded and layer.kept else None
-        self.cells_shape = (*lead, directions, self.hidden) if spec.has_c and (graded or self.every_c) else None
-        self.zeroed = [adds_rows(name[:-1], layer.weights[0]) for name in self.weights]
+    def _makes(self, x: Tensor, layer: Layer, graded: bool) -> None:
+        """What forward makes: shapes by name, how many of them it gives, and which are kept for backward."""
+        form, spec, lead = self.form, self.form.spec, (*x.shape[:-1], self.form.directions)
+        every_c = layer.extras.states
+        self.made: dict[str, tuple[int, ...]] = {} if form.step else {"y": self.y_shape}
+        self.made["h_n"] = self.h_shape
+        if spec.has_c:
+            self.made["c_n"] = self.c_shape
+        self.gives = len(self.made) + every_c
+        if spec.has_c and (graded or every_c):
+            self.made["cells"] = (*lead, self.hidden)
+        if graded and layer.kept:
+            self.made["gates"] = (*lead, layer.kept * self.hidden)
+        kept = ("y" if graded and not (form.step and spec.saved) else None, "gates", "cells")
+        self.kept_names = [name for name in kept if name == "y" or name in self.made]
+        place = {name: i for i, name in enumerate(self.made)}
+        self.keeps = [place.get(name, place["h_n"]) for name in self.kept_names]  # the y of a step is its h
+        sizes = {name: math.prod(self.made[name]) * x.element_size() for name in self.kept_names if name != "y"}
+        self.large = [place[name] for name, size in sizes.items() if size >= LEAST_BYTES]
+
+    def _numbers(self, between: Sequence[str], made: Iterable[str], y: str) -> Numbers:
+        """Of the tensors of a call. Initial states that are not given are zeros, and where there is no y another
+        tensor stands for it."""
+        found = in_turn(["workspace", *self.names, *between, *self.constants, *made])
+        return {"h0": found["zeros"], "c0": found["zeros"], "y": found[y]} | found
 
     def split(self, tensors: Sequence[Any]) -> Given:
         """`Given.flat` undone, of the tensors or of something for each of them."""
@@ -227,39 +256,25 @@ class LayerPlan(_Ahead):
         found = zip(self.present, tensors[self.first_extra :], strict=True)
         return Given(tensors[0], states, weights, self.extras._replace(**{Extras._fields[i]: t for i, t in found}))
 
-    def _initial(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return (tensors[1], tensors[self.first_weight - 1]) if self.first_weight > 1 else (self.zeros, self.zeros)
-
     def forward(self, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(y, h_n, c_n), with `Extras.states` also cells, of a step (h, c); and what backward needs beside the
         tensors."""
         x = tensors[0]
-        h_n = x.new_empty(*self.h_shape)
-        c_n = x.new_empty(*self.c_shape) if self.has_c else h_n
-        y = h_n if self.form.step else x.new_empty(*self.y_shape)
-        gates = h_n if self.gates_shape is None else in_huge_pages(x.new_empty(*self.gates_shape))
-        cells = h_n if self.cells_shape is None else in_huge_pages(x.new_empty(*self.cells_shape))
+        made = [x.new_empty(*shape) for shape in self.made.values()]
+        for i in self.large:
+            in_huge_pages(made[i])
         workspace = self.forward_space.take(x)
-        initial, others = self._initial(tensors), (*tensors[self.first_weight :], *self.shares)
-        everything = [workspace, x, y, h_n, c_n, *initial, gates, cells, *others]
+        everything = [workspace, *tensors, *self.constants.values(), *made]
         addresses = [tensor.data_ptr() for tensor in everything]
         self.forward_plan.run(self.kernels.forward, self.way.pack_forward, addresses, everything)
         self.forward_space.give(workspace)
-        finals = (h_n, c_n) if self.has_c else (h_n,)
-        saved = [y] if self.y_kept else []
-        saved += [t for t in (gates, cells) if t is not h_n]
-        if self.every_c:
-            return (y, *finals, cells), tuple(saved)
-        return finals if self.form.step else (y, *finals), tuple(saved)
+        return tuple(made[: self.gives]), tuple([made[i] for i in self.keeps])
 
     def kept(self, saved: Sequence[Tensor], otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """y, gates and cells of what `forward` kept; `otherwise` for one that backward does not read."""
-        found = iter(saved)
-        return (
-            next(found) if self.y_kept else otherwise,
-            otherwise if self.gates_shape is None else next(found),
-            otherwise if self.cells_shape is None else next(found),
-        )
+        found = dict(zip(self.kept_names, saved, strict=True))
+        y, gates, cells = (found.get(name, otherwise) for name in _KEPT)
+        return y, gates, cells
 
     def of_results(self, grads: Sequence[Tensor | None]) -> Cotangents:
         """The gradients of what `forward` gave by name, in their shapes."""
@@ -271,86 +286,72 @@ class LayerPlan(_Ahead):
         self, tensors: Sequence[Tensor], saved: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> list[Tensor | None]:
         """The gradients of `tensors` that are needed."""
-        x, others, directions = tensors[0], tensors[self.first_weight :], self.form.directions
-        given = [None if g is None else readable(g) for g in self.of_results(grads)]
+        x, given = tensors[0], [None if g is None else readable(g) for g in grads]
         key = (torch.get_num_threads(), tuple(needs), *[None if g is None else g.stride() for g in given])
-        found = self.backwards.get(key)
-        if found is None:
+        back = self.backwards.get(key)
+        if back is None:
             if len(self.backwards) >= MOST_BACKWARDS:
                 self.backwards.clear()
-            found = self.backwards[key] = self._backward_plan(x, given, needs)
-        plan, spaces = found
-        h0, c0 = self._initial(tensors)
-        dh0, dc0 = (x.new_empty(*self.h_shape), x.new_empty(*self.c_shape) if self.has_c else None)
-        dx = [x.new_empty(*x.shape) for _ in range(directions)] if needs[0] else [None] * directions
-        of_weights = self._weight_gradients(others, needs, plan.parts)
-        of_extras = [
-            torch.zeros_like(t, memory_format=torch.contiguous_format) if want else None
-            for t, want in zip(tensors[self.first_extra :], needs[self.first_extra :], strict=True)
-        ]
-        workspace, kept = spaces.take(x), self.kept(saved, x)
-        everything = [
-            workspace,
-            x,
-            *kept,
-            h0,
-            c0,
-            *given,
-            dh0,
-            dc0,
-            *dx,
-            *others,
-            *self.shares,
-            *of_weights,
-            *of_extras,
-        ]
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in everything]
-        plan.run(self.kernels.backward, self.way.pack_backward, addresses, everything)
-        spaces.give(workspace)
-        for other in dx[1:]:
-            if other is not None:
-                dx[0].add_(other)  # type: ignore[union-attr]
-        if plan.parts > 1:
-            of_weights = [None if g is None else total(g, plan.zero) for g in of_weights]
-        of_states = [g if want else None for g, want in zip((dh0, dc0), needs[1 : self.first_weight], strict=False)]
-        return [dx[0], *of_states, *of_weights, *of_extras]
+            back = self.backwards[key] = self._back(x, self.of_results(given), needs)
+        made = [x.new_empty(*shape) for shape in back.empty]
+        made += [x.new_zeros(*shape) for shape in back.zeroed]
+        workspace, present = back.spaces.take(x), [g for g in given if g is not None]
+        everything = [workspace, *tensors, *saved, *present, *self.constants.values(), *made]
+        addresses = [tensor.data_ptr() for tensor in everything]
+        back.plan.run(self.kernels.backward, self.way.pack_backward, addresses, everything)
+        del everything  # what is summed up can go
+        back.spaces.give(workspace)
+        if needs[0]:
+            for other in made[1 : self.form.directions]:
+                made[0].add_(other)
+        for i in back.summed:
+            made[i] = total(made[i], back.plan.zero)
+        return [None if i is None else made[i] for i in back.returned]
 
-    def _weight_gradients(self, weights: Sequence[Tensor], needs: Sequence[bool], parts: int) -> list[Tensor | None]:
-        """What a backward sweep writes or adds to, (parts, ...) if it is cut into several."""
-        lead, wanted = (parts,) if parts > 1 else (), needs[self.first_weight : self.first_extra]
-        return [
-            None if not want else w.new_zeros(*lead, *w.shape) if zeroed else w.new_empty(*lead, *w.shape)
-            for w, want, zeroed in zip(weights, wanted, self.zeroed, strict=False)
-        ]
+    def _back(self, x: Tensor, given: Cotangents, needs: Sequence[bool]) -> _Back:
+        """For gradients of results with these strides."""
+        wanted = [name for name, want in zip(self.names, needs, strict=True) if want]
+        like: dict[str, Any] = dict(zip(self.weights, (t for w in self.meta.weights for t in w.present()), strict=True))
+        like |= {EXTRAS[i]: self.extras.tensors()[i] for i in self.present}
+        tensors = self._cotangents(x, given, wanted, like)
+        plan = self.way.backward_plan(self.meta, self.saved, tensors)
+        lead = (plan.parts,) if plan.parts > 1 else ()
+        shapes = {n: tuple(t.shape) if n in EXTRAS else (*lead, *t.shape) for n, t in like.items()}
+        shapes |= {"h0": self.h_shape, "c0": self.c_shape}
+        empty = {f"dx{d}": tuple(x.shape) for d in range(self.form.directions)} if needs[0] else {}
+        empty |= {f"d{name}": shapes[name] for name in wanted if name != "x" and name not in self.adds}
+        zeroed = {f"d{name}": shapes[name] for name in wanted if name in self.adds}
+        made = [*empty, *zeroed]
+        present = [name for name, g in zip(_GRADIENTS, given, strict=True) if g is not None]
+        numbers = self._numbers([*self.kept_names, *present], made, "x")
+        for name in ("dh0", "dc0"):
+            state = tensors[name]
+            if state is not None and name not in made:  # nobody asks: it ends in the workspace
+                numbers[name] = 0, plan.space.take(1, plan.width(state.numel()))
+        number(plan, numbers)
+        place = {name: i for i, name in enumerate(made)}
+        summed = [place[f"d{name}"] for name in self.weights if name in wanted and plan.parts > 1]
+        returned = [place.get("dx0" if name == "x" else f"d{name}") for name in self.names]
+        spaces = Workspaces(x, plan.space.bytes)
+        return _Back(plan, spaces, list(empty.values()), list(zeroed.values()), summed, returned)
 
-    def _backward_plan(
-        self, x: Tensor, given: Sequence[Tensor | None], needs: Sequence[bool]
-    ) -> tuple[Plan, Workspaces]:
-        """The plan for gradients of results with these strides."""
-        form = self.form
+    def _cotangents(
+        self, x: Tensor, given: Cotangents, wanted: Sequence[str], like: dict[str, Any]
+    ) -> dict[str, Tensor | None]:
+        """What plans want to know of gradients, those given and those that will be made."""
+        form, spec = self.form, self.form.spec
         dy, dh_n, dc_n, dcells = given
-        meta = [torch.empty(shape, dtype=x.dtype, device="meta") for shape in (self.h_shape, self.c_shape)]
         tensors: dict[str, Tensor | None] = {
             "dy": None if dy is None else form.rows(dy, x),
             "dh_n": None if dh_n is None else form.state(dh_n, x),
             "dc_n": None if dc_n is None else form.state(dc_n, x),
             "dcells": None if dcells is None else form.rows(dcells, x),
-            "dh0": form.state(meta[0], x),
-            "dc0": form.state(meta[1], x) if self.has_c else None,
+            "dh0": form.state(x.new_empty(self.h_shape, device="meta"), x),
+            "dc0": form.state(x.new_empty(self.c_shape, device="meta"), x) if spec.has_c else None,
             "dreset_h": None,
             "dreset_c": None,
         }
+        dx = form.rows(x.new_empty(x.shape, device="meta"), x) if "x" in wanted else None
         for d in range(form.directions):
-            tensors[f"dx{d}"] = form.rows(torch.empty(x.shape, dtype=x.dtype, device="meta"), x) if needs[0] else None
-            tensors |= {f"d{name}{d}": None for name in WEIGHTS}
-        for name, want in zip(self.weights, needs[self.first_weight : self.first_extra], strict=True):
-            tensors[f"d{name}"] = meta[0] if want else None  # only whether it is there counts
-        extras, given_extras = [EXTRAS[i] for i in self.present], [t for t in self.extras.tensors() if t is not None]
-        for name, like, want in zip(extras, given_extras, needs[self.first_extra :], strict=True):
-            if want:
-                tensors[f"d{name}"] = torch.empty_like(like, memory_format=torch.contiguous_format)
-        plan = self.way.backward_plan(self.meta, self.saved, tensors)
-        names = [*_BACKWARD, *(f"dx{d}" for d in range(form.directions)), *self.weights, *self.others]
-        names += [f"d{name}" for name in (*self.weights, *extras)]
-        number(plan, in_turn(names))
-        return plan, Workspaces(x, plan.space.bytes)
+            tensors |= {f"dx{d}": dx, **{f"d{name}{d}": None for name in WEIGHTS}}
+        return tensors | {f"d{n}": x.new_empty(t.shape, device="meta") for n, t in like.items() if n in wanted}
