@@ -65,8 +65,8 @@ def threads() -> Iterator[Callable[[int], None]]:
 @pytest.fixture
 def always_split(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Even the smallest call is shared among threads; the list holds how many shares each had."""
-    counts = count_shares(monkeypatch, "run")
-    with plan_constants(WORTH_A_THREAD=1, LEAST_SEQUENCES=1):
+    counts = count_shares(monkeypatch, together=False)
+    with plan_constants(WORTH_A_THREAD=1, LEAST_SEQUENCES=1, ROWS_WORTH_A_SUM=1):
         yield counts
 
 

@@ -113,12 +113,12 @@ PYTHON = [
         "rnn_tanh",
         {
             "tasks after the first share its rows": (
-                "(place + start, first, last, part) for start, first, last, part",
-                "(place + start, 0, last - first, part) for start, first, last, part",
+                "(starts[d], first, last, place) for d, first, last, place",
+                "(starts[d], 0, last - first, place) for d, first, last, place",
             ),
             "tasks after the first share its sums": (
-                "(place + start, first, last, part) for start, first, last, part",
-                "(place + start, first, last, 0) for start, first, last, part",
+                "(starts[d], first, last, place) for d, first, last, place",
+                "(starts[d], first, last, 0) for d, first, last, place",
             ),
         },
     ),
@@ -170,8 +170,8 @@ PYTHON = [
         "GRU",
         {
             "stale packed weights": (
-                "        if plan.packs:\n",
-                '        if plan.packs and vars(plan).setdefault("packed", given) is given:\n',
+                "in self.regions:\n",
+                'in self.regions[vars(self).setdefault("packed", given) is not given :]:\n',
             ),
         },
     ),

@@ -147,7 +147,7 @@ def shares(cell: str) -> float:
     """Both sweeps, each direction's batch divided among three threads."""
     from tests.numba_support import difference, layer_forms, oracle, plan_constants, random_layer, sweeps
 
-    with mock.patch.object(torch, "get_num_threads", return_value=6), plan_constants(WORTH_A_THREAD=1):
+    with mock.patch.object(torch, "get_num_threads", return_value=6), plan_constants(WORTH_A_THREAD=1, ROWS_WORTH_A_SUM=1):
         forms = [*layer_forms(cell), random_layer(cell, batch=13, directions=1)]
         return max(difference(sweeps(layer), oracle(layer)) for layer in forms)
 
@@ -173,7 +173,7 @@ def repeated(cell: str) -> float:
     for threads in (1, 6):
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(torch, "get_num_threads", return_value=threads))
-            stack.enter_context(plan_constants(WORTH_A_THREAD=1))
+            stack.enter_context(plan_constants(WORTH_A_THREAD=1, ROWS_WORTH_A_SUM=1))
             for step in (False, True):
                 worst = max(worst, _repeated(cell, step, with_states=True), _repeated(cell, step, with_states=False))
     return worst

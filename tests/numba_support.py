@@ -147,16 +147,17 @@ def plan_constants(**values: int) -> Iterator[None]:
         forget_plans()
 
 
-def count_shares(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
-    """How many shares each call of `team.<name>` has from now on."""
+def count_shares(monkeypatch: pytest.MonkeyPatch, together: bool) -> list[int]:
+    """How many shares each work of the team has from now on: work whose threads go together, or other."""
     counts: list[int] = []
-    run = getattr(team, name)
+    run = team.run
 
-    def counted(kernel: Any, shares: Any, *rest: Any) -> None:
-        counts.append(len(shares))
-        run(kernel, shares, *rest)
+    def counted(work: team.Work, *rest: Any) -> None:
+        if bool(work.together) == together:
+            counts.append(len(work.together or work.shares))
+        run(work, *rest)
 
-    monkeypatch.setattr(team, name, counted)
+    monkeypatch.setattr(team, "run", counted)
     return counts
 
 

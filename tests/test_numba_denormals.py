@@ -82,7 +82,8 @@ def test_a_sweep_restores_the_callers_mode(cell: str, flushing: bool) -> None:
 
 def flush_bits_of_the_team() -> set[int]:
     modes = torch.full((300,), -1.0, dtype=torch.float64)
-    team.run(keep_mode, [(modes.data_ptr(), share, 0, 0) for share in range(300)], np.float64(0), modes)
+    work = team.Work(keep_mode, [(modes.data_ptr(), share, 0, 0) for share in range(300)], np.float64(0))
+    team.run(work, 0, work.integers.buffer_info()[0], modes)
     return {int(mode) & FLUSH_BITS for mode in modes.tolist()}
 
 

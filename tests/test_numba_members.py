@@ -32,7 +32,7 @@ from tests.numba_support import (
 @pytest.fixture
 def members(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """However little there is to do for each, threads run single sequences together; the list holds how many did."""
-    counts = count_shares(monkeypatch, "run_together")
+    counts = count_shares(monkeypatch, together=True)
     with plan_constants(WORTH_A_THREAD=1, WORTH_A_BARRIER=0, CHUNK_ROWS=5, BACKWARD_CHUNK_ROWS=12):
         yield counts
 
@@ -125,8 +125,8 @@ plans.WORTH_A_THREAD = plans.WORTH_A_BARRIER = 1
 layer, x = rnnkern.GRU(4, 80), torch.randn(9, 1, 4)
 torch.set_num_threads(1)
 want = layer(x)[0]
-calls, run_together = [], team.run_together
-team.run_together = lambda *a: (calls.append(a), run_together(*a))
+calls, run = [], team.run
+team.run = lambda work, *rest: (calls.append(work) if work.together else None, run(work, *rest))
 torch.set_num_threads(4)
 for _ in range(3):
     y = layer(x)[0]

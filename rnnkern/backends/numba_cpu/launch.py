@@ -2,8 +2,8 @@
 on several threads where the plan says so."""
 
 from array import array
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba.core import types
@@ -12,6 +12,9 @@ from numba.core.extending import intrinsic
 from rnnkern.backends.numba_cpu import team
 from rnnkern.backends.numba_cpu.jit import kernel, ready
 from rnnkern.backends.numba_cpu.vector import load_int
+
+# The number of the array itself among the tensors of a call.
+_ITSELF = -1
 
 
 @intrinsic
@@ -35,62 +38,66 @@ def _place(integers: "array[int]") -> int:
     return integers.buffer_info()[0]
 
 
+class _Region(NamedTuple):
+    """A kernel that runs over shares, whose addresses are relative to the operands of a call."""
+
+    run: Any
+    shares: Sequence[team.Share]
+    work: team.Work | None  # of the team; None where the calling thread does all
+    at: int  # from how many bytes on that lies in the array of a call
+
+
 class Launch:
-    """Starts a plan's sweeps. The operands of its directions lie one behind the other."""
+    """Starts a plan's sweeps. One array has the operands of each direction, once more for each thread where threads go
+    together, and the team's work; a call copies it and fills in where its tensors lie, and where the copy does."""
 
     def __init__(self, plan: Any, kernel: Any, pack: Any) -> None:
-        self.plan, self.zero = plan, plan.zero
-        self.kernel, self.pack, self.fill_in = ready(kernel, 4, plan.zero), ready(pack, 4, plan.zero), ready(fill_in, 4)
+        self.zero, self.fill_in = plan.zero, ready(fill_in, 4)
         self.template, self.fields = array("q"), array("q")
-        self.starts: list[int] = []  # bytes from the first direction's operands to each one's
-        for integers, addresses in plan.directions:
-            first = len(self.template)
-            self.starts.append(8 * first)
-            self.template.extend(integers)
-            for position, number, offset in addresses:
-                self.fields.extend((first + position, number, offset))
+        self.regions: list[_Region] = []
+        starts = [self._add(*direction) for direction in plan.directions]
+        if plan.packs:
+            parts = plan.parts * plan.members
+            packing = [(start, plan.gates, part, parts) for start in starts for part in range(parts)]
+            self._add_region(pack, packing, plan.divided)
+        together = []
+        for operands, addresses in plan.directions if plan.members > 1 else ():
+            for member in range(plan.members):
+                own = operands[:]
+                own[plan.member_at : plan.member_at + 3] = array("q", (member, plan.members, team.BARRIER))
+                together.append((self._add(own, addresses), 0, plan.batch, member))
+        shares = [(starts[d], first, last, place) for d, first, last, place in plan.shares]
+        self._add_region(kernel, shares, plan.divided, together)
         self.filled = _place(self.fields), len(self.fields) // 3
-        self.shares = [(self.starts[direction], *rest) for direction, *rest in plan.shares]
-        self.alone = not plan.packs and len(self.shares) == 1 and plan.members == 1
+
+    def _add(self, integers: "array[int]", addresses: Iterable[tuple[int, int, int]]) -> int:
+        """Adds integers, some of which are addresses, to those of a call; returns how many bytes lie before them."""
+        first = len(self.template)
+        self.template.extend(integers)
+        for position, number, offset in addresses:
+            self.fields.extend((first + position, 1 + number, offset))
+        return 8 * first
+
+    def _add_region(
+        self, kernel: Any, shares: Sequence[team.Share], divided: bool, together: Sequence[team.Share] = ()
+    ) -> None:
+        """Adds a kernel to those that run one after the other, on several threads if that is worth it."""
+        work, at = None, 0
+        if divided and (len(shares) > 1 or together):
+            work = team.Work(kernel, shares, self.zero, together)
+            at = self._add(work.integers, [(i, _ITSELF, work.integers[i]) for i in work.addresses])
+        self.regions.append(_Region(ready(kernel, 4, self.zero), shares, work, at))
 
     def __call__(self, addresses: Sequence[int], alive: object) -> None:
         """Packs the weights of each direction, then runs all shares. Addresses are those of the plan's `tensors`, which
         `alive` holds."""
-        operands, given = self.template[:], array("q", addresses)
+        operands = self.template[:]
         place = _place(operands)
+        given = array("q", (place, *addresses))
         self.fill_in(*self.filled, _place(given), place)
-        if self.alone:
-            ((start, first, last, part),) = self.shares
-            self.kernel(place + start, first, last, part, self.zero)
-            return
-        plan, alive = self.plan, (operands, alive)
-        if plan.packs:
-            parts = plan.parts * plan.members
-            packing = [(place + start, plan.gates, part, parts) for start in self.starts for part in range(parts)]
-            self._run(self.pack, packing, alive)
-        shares = [(place + start, first, last, part) for start, first, last, part in self.shares]
-        if plan.members == 1:
-            self._run(self.kernel, shares, alive)
-        else:
-            self._run_together(operands, shares, alive)
-
-    def _run(self, kernel: Any, shares: list[team.Share], alive: object) -> None:
-        """Runs the kernel once for each share, on several threads if that is worth it."""
-        if self.plan.divided and len(shares) > 1:
-            team.run(kernel, shares, self.zero, alive)
-        else:
-            for share in shares:
-                kernel(*share, self.zero)
-
-    def _run_together(self, operands: "array[int]", shares: list[team.Share], alive: object) -> None:
-        """Runs each direction by the plan's members, each with operands that say which one it is."""
-        plan, size = self.plan, len(operands) // len(self.starts)
-        copies = []
-        for start in self.starts:
-            for member in range(plan.members):
-                copy = operands[start // 8 : start // 8 + size]
-                copy[plan.member_at : plan.member_at + 3] = array("q", (member, plan.members, team.BARRIER))
-                copies.append(copy)
-        each = [(_place(copy), 0, plan.batch, i % plan.members) for i, copy in enumerate(copies)]
-        # held until all are done: the threads are told where they lie
-        team.run_together(self.kernel, each, shares, self.zero, (copies, alive))
+        for run, shares, work, at in self.regions:
+            if work is not None:
+                team.run(work, place, place + at, (operands, alive))
+            else:
+                for start, first, last, part in shares:
+                    run(place + start, first, last, part, self.zero)

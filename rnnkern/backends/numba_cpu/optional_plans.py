@@ -161,7 +161,7 @@ class OptionalBackwardPlan(_OptionalPlan):
     """The layout of backward sweeps. Its tensors are among those of a BackwardPlan and of `named_extras`, and dcells,
     dreset_h and dreset_c."""
 
-    operands = OptionalBackward
+    operands, sums = OptionalBackward, True
 
     def __init__(self, layer: Layer, saved: Saved, tensors: dict[str, Tensor | None]) -> None:
         super().__init__(layer, plans.BACKWARD_CHUNK_ROWS)

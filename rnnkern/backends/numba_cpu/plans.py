@@ -39,9 +39,11 @@ WEIGHTS = (
 
 # How kernels are told a dtype: by a number of it.
 SCALARS = {torch.float32: np.float32, torch.float64: np.float64}
-# A share under this many multiply-adds, some 20 us of work, is not worth another thread: a team that has just been at
-# work starts within a few, one that sleeps takes some 50.
-WORTH_A_THREAD = 1_000_000
+# A share under this many multiply-adds, some 30 us of work, is not worth another thread: a team that has just been at
+# work starts within a few, one that sleeps takes some 50, and weights are packed and sequences met in a region each.
+WORTH_A_THREAD = 2_000_000
+# Nor is one of fewer rows in backward: the gradients of the weights, a sum for each share, are still to be added up.
+ROWS_WORTH_A_SUM = 24
 # Nor are more shares than half of the sequences: each reads all the weights.
 LEAST_SEQUENCES = 2
 # Threads may also go through the steps together, each with some of the units. They wait for each other at every step,
@@ -109,6 +111,8 @@ class Space:
 class Cut:
     """The sizes of a layer call in the kernels' terms, and its shares."""
 
+    sums = False  # whether each share has sums of its own
+
     def __init__(self, layer: Layer) -> None:
         spec, x = layer.cell, layer.x
         self.zero = SCALARS[x.dtype](0)
@@ -129,8 +133,8 @@ class Cut:
         multiply_adds = self.total * self.recurrent * (self.inputs + self.outputs) * directions
         threads = min(torch.get_num_threads(), max(1, multiply_adds // WORTH_A_THREAD))
         self.divided = threads > 1  # of several directions each is a share in any case
-        parts = -(-threads // directions)
-        parts = max(1, min(parts, self.batch, (self.batch + 1) // LEAST_SEQUENCES))
+        parts = min(-(-threads // directions), self.batch, (self.batch + 1) // LEAST_SEQUENCES)
+        parts = max(1, min(parts, self.total // ROWS_WORTH_A_SUM) if self.sums else parts)
         if threads == torch.get_num_threads() and self._go_together(layer, threads, directions, parts):
             self.members, parts = threads // directions, 1
         edges = [self.batch * part // parts for part in range(parts + 1)]
@@ -309,7 +313,7 @@ class BackwardPlan(Plan):
     """The layout of backward sweeps. Its tensors are among those of a ForwardPlan without h_n and c_n, and dy, dh_n,
     dc_n, dh0, dc0 and, for each direction d, dx<d>, dw_ih<d> and so on."""
 
-    operands = Backward
+    operands, sums = Backward, True
 
     def __init__(self, layer: Layer, saved: Saved, tensors: dict[str, Tensor | None]) -> None:
         super().__init__(layer, BACKWARD_CHUNK_ROWS)

@@ -137,13 +137,30 @@ if _enter is not None:  # (function, its argument, threads, flags)
 BARRIER, *_TEAM = [ctypes.cast(entry, ctypes.c_void_p).value or 0 for entry in _runtime[1:]] or [0, 0, 0]
 
 
-def run(kernel: Any, shares: Sequence[Share], zero: Any, alive: object) -> None:
-    """Runs the kernel once for each share, on as many threads as torch has. `alive` is the memory that they use, which
+class Work:
+    """Shares of a kernel, each its four arguments, of which the first is an address relative to one that a call tells.
+    `together` are those that all of torch's threads run at once in their place, one each; they may meet."""
+
+    def __init__(self, kernel: Any, shares: Sequence[Share], zero: Any, together: Sequence[Share] = ()) -> None:
+        self.kernel, self.shares, self.zero, self.together = kernel, shares, zero, together
+        own, alone = (together, shares) if together else (shares, ())
+        head = (0, len(own), address(kernel, 4, zero), isinstance(zero, np.float64), *_TEAM, len(alone))
+        self.integers = array("q", head)
+        for share in (*own, *alone):
+            self.integers.extend(share)
+        self.addresses = range(_HEAD, len(self.integers), 4)  # their positions
+        self.taking = address(take_own if together else take_shares, 1)
+
+
+def run(work: Work, base: int, at: int, alive: object) -> None:
+    """Runs the kernel once for each share, on as many threads as torch has. Addresses of the shares are relative to
+    `base`; a copy of the work's integers with these filled in lies at `at`. `alive` is the memory that they use, which
     threads of our own hold even if the caller is interrupted while they run."""
-    if not can_meet():
-        pool.run([partial(_task, kernel, share, zero, alive) for share in shares])
-        return
-    _go(take_shares, kernel, shares, (), zero)
+    if can_meet():
+        # always all threads, as torch does: some runtimes end those that are too many for a region
+        _enter(work.taking, at, torch.get_num_threads(), 0)  # type: ignore[misc]
+    else:
+        pool.run([partial(_task, work, base, share, alive) for share in work.shares])
 
 
 def can_meet() -> bool:
@@ -151,24 +168,6 @@ def can_meet() -> bool:
     return _enter is not None and not forks.forked
 
 
-def run_together(kernel: Any, shares: Sequence[Share], alone: Sequence[Share], zero: Any, alive: object) -> None:
-    """Runs the kernel once on each of torch's threads, with the share of that number; `alone` where there are not as
-    many threads as shares, in a region of somebody else's, or no team any more."""
-    if can_meet():
-        _go(take_own, kernel, shares, alone, zero)
-    else:
-        run(kernel, alone, zero, alive)
-
-
-def _go(taking: Any, kernel: Any, shares: Sequence[Share], alone: Sequence[Share], zero: Any) -> None:
-    """Enters a parallel region."""
-    head = (0, len(shares), address(kernel, 4, zero), isinstance(zero, np.float64), *_TEAM, len(alone))
-    work = array("q", head)
-    for share in (*shares, *alone):
-        work.extend(share)
-    # always all threads, as torch does: some runtimes end those that are too many for a region
-    _enter(address(taking, 1), work.buffer_info()[0], torch.get_num_threads(), 0)  # type: ignore[misc]
-
-
-def _task(kernel: Any, share: Share, zero: Any, alive: object) -> None:
-    kernel(*share, zero)
+def _task(work: Work, base: int, share: Share, alive: object) -> None:
+    address, *rest = share
+    work.kernel(base + address, *rest, work.zero)
