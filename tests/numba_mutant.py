@@ -147,7 +147,10 @@ def shares(cell: str) -> float:
     """Both sweeps, each direction's batch divided among three threads."""
     from tests.numba_support import difference, layer_forms, oracle, plan_constants, random_layer, sweeps
 
-    with mock.patch.object(torch, "get_num_threads", return_value=6), plan_constants(WORTH_A_THREAD=1, ROWS_WORTH_A_SUM=1):
+    with (
+        mock.patch.object(torch, "get_num_threads", return_value=6),
+        plan_constants(WORTH_A_THREAD=1, ROWS_WORTH_A_SUM=1),
+    ):
         forms = [*layer_forms(cell), random_layer(cell, batch=13, directions=1)]
         return max(difference(sweeps(layer), oracle(layer)) for layer in forms)
 

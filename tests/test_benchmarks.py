@@ -204,6 +204,15 @@ def test_csv_keeps_the_newest_and_refuses_other_columns(measured: Path) -> None:
         results.append(measured, newer)
 
 
+@pytest.mark.parametrize("name", [results.TORCH, results.RNNKERN])
+def test_peak_memory_of_a_cell_in_a_loop(name: str) -> None:
+    """Cells have fewer options than layers."""
+    shape = Shape("steps", "cell", 4, 2, 3, 5, stepwise=True)
+    step: Any = memory.warm_step(name, "gru", shape, torch.float32, "auto")
+    output, _ = step()
+    assert output.shape == (4, 2, 5)
+
+
 @pytest.mark.skipif(not memory.CLEAR.exists(), reason="peak memory is read from Linux's /proc")
 def test_peak_memory_sees_what_a_step_keeps() -> None:
     shape = next(shape for shape in SHAPES if shape.name == "speech")
