@@ -179,7 +179,7 @@ class _Back(NamedTuple):
 
     plan: Plan
     spaces: Workspaces
-    empty: list[tuple[int, ...]]  # shapes of what sweeps write: first dx of each direction,
+    empty: list[tuple[int, ...]]  # shapes of what sweeps write, first, where it is asked for, dx of each direction,
     zeroed: list[tuple[int, ...]]  # and of what they add to
     summed: list[int]  # which of these have a part for each share of the batch
     returned: list[int | None]  # which of these is the gradient of each tensor of the call
