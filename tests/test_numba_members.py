@@ -64,7 +64,7 @@ def test_the_same_bits_as_on_one_thread(
         assert difference(alone, oracle(layer)) < LIMIT[torch.float64]
         count = 2 + 2 * directions
         threads(count)
-        assert plans.Cut(layer).members == count // directions
+        assert plans.Cut(layer, backward=False).members == count // directions
         members.clear()
         for _ in range(2):
             assert bitwise_equal(sweeps(layer), alone)
@@ -76,7 +76,7 @@ def test_a_batch_is_cut_into_sequences_where_there_are_enough(
 ) -> None:
     threads(4)
     for batch, together in ((1, 4), (2, 4), (4, 1), (8, 1)):
-        cut = plans.Cut(random_layer("gru", batch=batch, hidden=131, directions=1))
+        cut = plans.Cut(random_layer("gru", batch=batch, hidden=131, directions=1), backward=False)
         assert (cut.members, len(cut.shares) > 1) == (together, together == 1)
 
 
@@ -100,7 +100,7 @@ def test_calls_that_nobody_runs_together(
     layer = random_layer("lstm", **{"batch": 1, "hidden": 131, "directions": 1, "scale": 0.3, **sizes})
     threads(form.get("count", 2))
     with plan_constants(**{name: form[name] for name in form if name.isupper()}):
-        assert plans.Cut(layer).members == 1
+        assert plans.Cut(layer, backward=False).members == 1
         assert difference(sweeps(layer), oracle(layer)) < LIMIT[torch.float64]
     assert not members
 

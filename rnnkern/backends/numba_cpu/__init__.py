@@ -109,7 +109,7 @@ def backward(layer: Layer, saved: Saved, grads: Cotangents, needs: Needs) -> lis
         "dreset_c": _zeros(layer.extras.reset_c, needs.reset_c),
     }
     key = _strides(layer.x, layer.h0, layer.c0, *saved, *(t for w in layer.weights for t in w))
-    cut = _plan(Cut, layer, key=key)
+    cut = _plan(Cut, layer, True, key=key)
     for d, (weights, wanted) in enumerate(zip(layer.weights, needs.weights, strict=True)):
         tensors[f"dx{d}"] = layer.rows(layer.x.shape[-1]) if needs.x else None
         for name, weight, want in zip(WEIGHTS, weights, wanted, strict=True):
@@ -119,6 +119,7 @@ def backward(layer: Layer, saved: Saved, grads: Cotangents, needs: Needs) -> lis
     if cut.shares:
         given = _strides(*grads)
         plan = _plan(way.backward_plan, layer, saved, tensors, key=(*key, *given, needs))
+        assert plan.parts == cut.parts  # as many sums as have room
         _run(plan, way.kernels[layer.cell.name].backward, way.pack_backward, tensors)
     return [
         _input_gradient(tensors, len(layer.weights)) if needs.x else None,

@@ -87,7 +87,6 @@ class Recurrence(NamedTuple):
     gh: int  # offset of (rows, G, W)
     ru: int  # offset of (rows, W): r * u
     v: int  # offset of (W): what LayerNorm of c takes
-    tile: int
 
 
 class OptionalForward(NamedTuple):
@@ -203,7 +202,7 @@ class Forward(NamedTuple):
     h: int  # offset of (2, block, W)
     c: int  # offset of (block, W)
     m: int  # offset of (block, W): the cell's output before the projection
-    tile: int  # offset of a tile's result
+    tile: int  # offset of (block, vectors of a panel): the recurrent products of a panel
 
 
 class Backward(NamedTuple):

@@ -37,8 +37,8 @@ def named_extras(layer: Layer) -> dict[str, Tensor | None]:
 class _OptionalPlan(Plan):
     """What forward and backward plans have in common."""
 
-    def __init__(self, layer: Layer, chunk_rows: int) -> None:
-        super().__init__(layer, chunk_rows)
+    def __init__(self, layer: Layer, chunk_rows: int, backward: bool) -> None:
+        super().__init__(layer, chunk_rows, backward)
         self.normed = layer.weights[0].ln_ih_weight is not None
         self.resets_before = layer.cell.resets_before
         self.kept = layer.cell.kept(layer.extras.zones, self.normed)
@@ -112,7 +112,6 @@ class _OptionalPlan(Plan):
             gh=space.take(buffer * self.gates, hidden),
             ru=space.take(buffer, hidden) if self.resets_before else 0,
             v=space.take(1, hidden),
-            tile=space.take(max(MAX_ROWS) * MAX_VECTORS, VECTOR_BYTES),
         )
 
 
@@ -122,7 +121,7 @@ class OptionalForwardPlan(_OptionalPlan):
     operands = OptionalForward
 
     def __init__(self, layer: Layer, states: States) -> None:
-        super().__init__(layer, plans.CHUNK_ROWS)
+        super().__init__(layer, plans.CHUNK_ROWS, backward=False)
         self.packs = self.total > self.rows_in_place
         for d in range(len(layer.weights)):
             self.add_direction(self._direction(layer, states, d))
@@ -161,10 +160,10 @@ class OptionalBackwardPlan(_OptionalPlan):
     """The layout of backward sweeps. Its tensors are among those of a BackwardPlan and of `named_extras`, and dcells,
     dreset_h and dreset_c."""
 
-    operands, sums = OptionalBackward, True
+    operands = OptionalBackward
 
     def __init__(self, layer: Layer, saved: Saved, tensors: dict[str, Tensor | None]) -> None:
-        super().__init__(layer, plans.BACKWARD_CHUNK_ROWS)
+        super().__init__(layer, plans.BACKWARD_CHUNK_ROWS, backward=True)
         self.packs = True
         for d in range(len(layer.weights)):
             self.add_direction(self._direction(layer, saved, tensors, d))

@@ -44,7 +44,7 @@ SCALARS = {torch.float32: np.float32, torch.float64: np.float64}
 WORTH_A_THREAD = 2_000_000
 # Nor is one of fewer rows in backward: the gradients of the weights, a sum for each share, are still to be added up.
 ROWS_WORTH_A_SUM = 24
-# Nor are more shares than half of the sequences: each reads all the weights.
+# Nor are more shares than half of the sequences, rounded up: each reads all the weights.
 LEAST_SEQUENCES = 2
 # Threads may also go through the steps together, each with some of the units. They wait for each other at every step,
 # two of them for about a microsecond: a step needs so many multiply-adds for each of them to be worth it.
@@ -109,11 +109,9 @@ class Space:
 
 
 class Cut:
-    """The sizes of a layer call in the kernels' terms, and its shares."""
+    """The sizes of a layer call in the kernels' terms, and its shares; in backward each of them has sums of its own."""
 
-    sums = False  # whether each share has sums of its own
-
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, backward: bool) -> None:
         spec, x = layer.cell, layer.x
         self.zero = SCALARS[x.dtype](0)
         self.item = x.element_size()
@@ -124,17 +122,17 @@ class Cut:
         self.steps = x.shape[0] if layer.batch_sizes is None else len(layer.batch_sizes)
         self.total = self.steps * self.batch if layer.batch_sizes is None else int(layer.batch_sizes.sum())
         self.members = 1  # threads that run a share together
-        self.shares = self._shares(layer, len(layer.weights))
+        self.shares = self._shares(layer, len(layer.weights), backward)
         self.parts = max((share.place + 1 for share in self.shares), default=1)  # of a direction
         self.most = max((share.last - share.first for share in self.shares), default=1)
 
-    def _shares(self, layer: Layer, directions: int) -> list[Share]:
+    def _shares(self, layer: Layer, directions: int, backward: bool) -> list[Share]:
         """Of all directions, as many real steps in one as in another."""
         multiply_adds = self.total * self.recurrent * (self.inputs + self.outputs) * directions
         threads = min(torch.get_num_threads(), max(1, multiply_adds // WORTH_A_THREAD))
         self.divided = threads > 1  # of several directions each is a share in any case
         parts = min(-(-threads // directions), self.batch, (self.batch + 1) // LEAST_SEQUENCES)
-        parts = max(1, min(parts, self.total // ROWS_WORTH_A_SUM) if self.sums else parts)
+        parts = max(1, min(parts, self.total // ROWS_WORTH_A_SUM) if backward else parts)
         if threads == torch.get_num_threads() and self._go_together(layer, threads, directions, parts):
             self.members, parts = threads // directions, 1
         edges = [self.batch * part // parts for part in range(parts + 1)]
@@ -161,8 +159,8 @@ class Plan(Cut):
 
     operands: Any
 
-    def __init__(self, layer: Layer, chunk_rows: int) -> None:
-        super().__init__(layer)
+    def __init__(self, layer: Layer, chunk_rows: int, backward: bool) -> None:
+        super().__init__(layer, backward)
         self.block = -(-self.most // -(-self.most // MOST_SEQUENCES))
         self.chunk = max(1, min(self.steps, chunk_rows // self.block))
         self.space = Space()
@@ -266,7 +264,7 @@ class ForwardPlan(Plan):
     operands = Forward
 
     def __init__(self, layer: Layer, states: States) -> None:
-        super().__init__(layer, CHUNK_ROWS)
+        super().__init__(layer, CHUNK_ROWS, backward=False)
         self.packs = self.total > self.rows_in_place
         for d, weights in enumerate(layer.weights):
             self.add_direction(self._direction(layer, states, d, weights))
@@ -313,10 +311,10 @@ class BackwardPlan(Plan):
     """The layout of backward sweeps. Its tensors are among those of a ForwardPlan without h_n and c_n, and dy, dh_n,
     dc_n, dh0, dc0 and, for each direction d, dx<d>, dw_ih<d> and so on."""
 
-    operands, sums = Backward, True
+    operands = Backward
 
     def __init__(self, layer: Layer, saved: Saved, tensors: dict[str, Tensor | None]) -> None:
-        super().__init__(layer, BACKWARD_CHUNK_ROWS)
+        super().__init__(layer, BACKWARD_CHUNK_ROWS, backward=True)
         for d, weights in enumerate(layer.weights):
             self.add_direction(self._direction(layer, saved, tensors, d, weights))
 

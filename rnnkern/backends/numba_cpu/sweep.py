@@ -39,7 +39,7 @@ from rnnkern.backends.numba_cpu.vector import (
     vector_lanes,
 )
 
-DEPTH_PART = 512  # of a product in backward: 128 KiB of a panel
+DEPTH_PART = 512  # of a product in backward: at most 128 KiB of a panel
 ROWS_THAT_STAY = 64
 
 
@@ -229,7 +229,8 @@ def count_panels(own, per_panel):
 @inlined
 def panel_of(own, per_panel, panels, p, s):
     """Where the panel begins that the s-th step meets as its p-th: every other step goes from the last one back to the
-    first. Of weights that are larger than the second cache, those that a step has met last are still there."""
+    first. Of weights that are larger than the second cache, those that a step has met last are still there. Behind the
+    last panel of a step none follows, and what is fetched from there has no use: the next step begins where it ends."""
     return own[0] + (panels - 1 - p if s % 2 else p) * per_panel
 
 
