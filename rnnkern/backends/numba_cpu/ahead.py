@@ -237,8 +237,8 @@ class LayerPlan(_Ahead):
             self.made["cells"] = (*lead, self.hidden)
         if graded and layer.kept:
             self.made["gates"] = (*lead, layer.kept * self.hidden)
-        kept = ("y" if graded and not (form.step and spec.saved) else None, "gates", "cells")
-        self.kept_names = [name for name in kept if name == "y" or name in self.made]
+        keeps_y = graded and not (form.step and spec.saved)
+        self.kept_names = [name for name in _KEPT if (keeps_y if name == "y" else name in self.made)]
         place = {name: i for i, name in enumerate(self.made)}
         self.keeps = [place.get(name, place["h_n"]) for name in self.kept_names]  # the y of a step is its h
         sizes = {name: math.prod(self.made[name]) * x.element_size() for name in self.kept_names if name != "y"}
