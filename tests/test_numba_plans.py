@@ -95,7 +95,7 @@ def test_sizes_around_the_blocks_there_are(cell: str, dtype: torch.dtype) -> Non
 @pytest.mark.usefixtures("nan_buffers")
 def test_numbers_of_rows_around_weights_in_place(cell: str, dtype: torch.dtype) -> None:
     """Of sizes that are whole vectors, where backward reads in place too, and of others."""
-    lanes, most = VECTOR_BYTES // torch.finfo(dtype).bits * 8, plans.FEW_ROWS_IN_PLACE
+    lanes, most = 8 * VECTOR_BYTES // torch.finfo(dtype).bits, plans.FEW_ROWS_IN_PLACE
     backward = plans.BACKWARD_ROWS_IN_PLACE
     sizes = [(lanes, 2 * lanes, lanes), (lanes, lanes + 1, lanes), (lanes + 1, 5 * lanes, 3), (3, 5, 2)]
     rows = [(1, 1), (1, most), (1, most + 1), (most, 1), (most + 1, 1), (most // 2, 2), (most // 2 + 1, 2)]
