@@ -1,14 +1,16 @@
-"""Builds rnnkern. Everything declarative is in pyproject.toml; csrc/build.py compiles the CUDA extension.
+"""Builds rnnkern. Everything declarative is in pyproject.toml; csrc/build.py compiles the extensions.
 
-    pip install -e .                        with CUDA where there is nvcc, else the pure package
-    python setup.py build_ext --inplace     the extension again, what was touched only
+    pip install -e .                        _cuda where there is nvcc, _calls where there are g++ and torch
+    python setup.py build_ext --inplace     the extensions again, what was touched only
 
-csrc/build.py says what RNNKERN_CUDA, CUDA_HOME and RNNKERN_CUDA_ARCHS are. `python -m rnnkern` says what was built.
+csrc/build.py says what RNNKERN_CUDA and other variables are. `python -m rnnkern` says what was built.
 """
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -18,29 +20,50 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = ROOT / "rnnkern"
 
 sys.path.insert(0, str(ROOT))  # a build front end leaves it out
-from csrc import build  # noqa: E402
+from csrc import build, calls_build  # noqa: E402
 
 
-def why_pure() -> str | None:
+class Part(NamedTuple):
+    """An extension that may be built."""
+
+    what: str
+    variable: str  # of the environment
+    mode: Callable[[], str]  # what it asks for
+    find: Callable[[], Any]  # what to compile with; a BuildError says why there is nothing
+    compile: Callable[[], Path]
+    write_record: Callable[[Path, str | None], None]
+
+
+PARTS = {
+    "_cuda": Part("CUDA", "RNNKERN_CUDA", build.cuda_mode, build.find_toolkit, build.build_cuda, build.write_record),
+    "_calls": Part(
+        "calls in C++", "RNNKERN_CALLS", calls_build.mode, calls_build.find_torch, calls_build.build_calls,
+        calls_build.write_record,
+    ),
+}  # fmt: skip
+
+
+def why_not(part: Part) -> str | None:
     """Why there is nothing to compile, None if there is."""
-    mode = build.cuda_mode()
+    mode = part.mode()
     if mode == "wheel":
         return None  # this runs before pip has fetched the compiler too; if it is missing then, the build says so
     try:
-        build.find_toolkit()
+        part.find()
     except build.BuildError as error:
         if mode == "1":
-            raise build.BuildError(f"RNNKERN_CUDA=1, but {error}") from error
+            raise build.BuildError(f"{part.variable}=1, but {error}") from error
         return str(error)
     return None
 
 
-def record(package: Path, reason: str | None) -> None:
-    """Leaves in `package` what was built. A pure package in place keeps no extension of an earlier build."""
-    build.write_record(package, reason)
+def record(package: Path, name: str) -> None:
+    """Leaves in `package` what was done about an extension. None of an earlier build stays where none is built."""
+    part, reason = PARTS[name], reasons[name]
+    part.write_record(package, reason)
     if reason is not None:
-        (package / build.module_file("_cuda")).unlink(missing_ok=True)
-        print(f"rnnkern: without CUDA: {reason}", file=sys.stderr)
+        (package / build.module_file(name)).unlink(missing_ok=True)
+        print(f"rnnkern: without {part.what}: {reason}", file=sys.stderr)
 
 
 class BuildExtension(build_ext):
@@ -50,15 +73,17 @@ class BuildExtension(build_ext):
         """Builds, and says so beside the sources if it built there."""
         super().run()
         if self.inplace:
-            record(PACKAGE, reason)
+            for name in PARTS:
+                record(PACKAGE, name)
 
     def build_extension(self, ext: Extension) -> None:
         """Puts the compiled module where setuptools expects it."""
-        toolkit = build.find_toolkit()
+        part = PARTS[ext.name.rpartition(".")[2]]
+        part.find()
         try:
-            compiled = build.build_cuda(build.cuda_folder(toolkit), toolkit)
+            compiled = part.compile()
         except build.BuildError as error:
-            raise build.BuildError(f"{error}; RNNKERN_CUDA=0 installs the package without CUDA") from error
+            raise build.BuildError(f"{error}; {part.variable}=0 installs the package without {part.what}") from error
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(compiled, target)
@@ -70,16 +95,17 @@ class BuildPackage(build_py):
     def run(self) -> None:
         """Builds the Python part."""
         super().run()
-        if not self.editable_mode:
-            record(Path(self.build_lib) / PACKAGE.name, reason)
-        elif reason is not None:  # else BuildExtension says so, once it has compiled
-            record(PACKAGE, reason)
+        for name, reason in reasons.items():
+            if not self.editable_mode:
+                record(Path(self.build_lib) / PACKAGE.name, name)
+            elif reason is not None:  # else BuildExtension says so, once it has compiled
+                record(PACKAGE, name)
 
 
 try:
-    reason = why_pure()
+    reasons = {name: why_not(part) for name, part in PARTS.items()}
     setup(
-        ext_modules=[Extension("rnnkern._cuda", sources=[])] if reason is None else [],
+        ext_modules=[Extension(f"rnnkern.{name}", sources=[]) for name, reason in reasons.items() if reason is None],
         cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage},
         setup_requires=build.CUDA_WHEELS if build.cuda_mode() == "wheel" else [],  # for the build; pip asks for them
     )

@@ -1,5 +1,6 @@
 """Compiles csrc/ with ninja: by nvcc into the extension rnnkern._cuda, for setup.py; and by g++ into the module _host,
-which runs the same kernels on the CPU, for the tests. Only what was touched is compiled again. No torch is needed.
+which runs the same kernels on the CPU, for the tests. Only what was touched is compiled again. No torch is needed:
+calls_build.py compiles what is for torch.
 
 The environment says what setup.py builds:
 
@@ -111,9 +112,14 @@ class Compilation(NamedTuple):
 
 def cuda_mode() -> str:
     """What RNNKERN_CUDA asks for."""
-    mode = os.environ.get("RNNKERN_CUDA") or "auto"
-    if mode not in ("auto", "0", "1", "wheel"):
-        raise BuildError(f"RNNKERN_CUDA: expected auto, 0, 1 or wheel, got {mode!r}")
+    return mode_of("RNNKERN_CUDA", "auto", "0", "1", "wheel")
+
+
+def mode_of(variable: str, usual: str, *others: str) -> str:
+    """What an environment variable asks for."""
+    mode = os.environ.get(variable) or usual
+    if mode not in (usual, *others):
+        raise BuildError(f"{variable}: expected {', '.join((usual, *others[:-1]))} or {others[-1]}, got {mode!r}")
     return mode
 
 
@@ -231,15 +237,20 @@ def kernel_compilations(
     return compilations + [Compilation(rule, source / f"{name}.cu", f"{name}.o", flags) for name in OTHER_KERNELS]
 
 
+def python_headers() -> Path:
+    """The folder of Python.h."""
+    python = Path(sysconfig.get_path("include"))
+    if not (python / "Python.h").is_file():
+        raise BuildError(f"{python} has no Python.h: install Python's headers (on Debian and Ubuntu: python3-dev)")
+    return python
+
+
 def _bindings(module: str, flags: Sequence[str], source: Path, precisions: Sequence[str] = PRECISIONS) -> Compilation:
     try:
         import pybind11
     except ImportError:
         raise BuildError("pybind11 is not installed: pip install pybind11") from None
-    python = Path(sysconfig.get_path("include"))
-    if not (python / "Python.h").is_file():
-        raise BuildError(f"{python} has no Python.h: install Python's headers (on Debian and Ubuntu: python3-dev)")
-    includes = ["-isystem", str(python), "-isystem", pybind11.get_include()]
+    includes = ["-isystem", str(python_headers()), "-isystem", pybind11.get_include()]
     table = f"-DRNNKERN_PRECISIONS(X)={' '.join(f'X({name})' for name in precisions)}"
     defined = [f"-DRNNKERN_MODULE={module}", table]
     return Compilation("gxx", source / "bindings.cpp", "bindings.o", [*defined, *includes, *flags])
@@ -310,8 +321,10 @@ def build_kernels(folder: Path, toolkit: Toolkit) -> list[Path]:
     return [folder / f"{output}.ptxas" for output in outputs]
 
 
-def build_cuda(folder: Path, toolkit: Toolkit) -> Path:
+def build_cuda() -> Path:
     """Compiles the extension module _cuda, and gives the file."""
+    toolkit = find_toolkit()
+    folder = cuda_folder(toolkit)
     run_ninja(folder, _cuda_build(toolkit)[1], [module_file("_cuda")])
     return folder / module_file("_cuda")
 

@@ -22,6 +22,11 @@ def list_backends() -> None:
         default = ", ".join(device for device, backend in AUTO.items() if backend == name)
         print(f"  {name:<10} {f'{entry.version()}, {devices}' if reason is None else f'absent: {reason}'}", end="")
         print(f" (the default on {default})" if default and reason is None else "")
+    if BACKENDS["numba"].obstacle() is None:
+        from rnnkern.backends.numba_cpu import native
+
+        reason = native.obstacle()
+        print(f"  calls of numba run in {'C++' if reason is None else f'Python, which takes longer: {reason}'}")
 
 
 def _variants(kind: str, options: bool) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,7 +1,8 @@
 """Plans of whole calls: the backend's own for plain ones without gradients, else one layer after the other, with
 gradients as autograd Functions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class LayeredCall:
     def __init__(self, form: Form, graded: bool, choose: masks.Choose) -> None:
         self.form, self.plain, self.graded = form, form.plain, graded
         self.plans: list[LayerPlan] = []
+        self.layers: list[Callable[..., tuple[Tensor, ...]]] = []  # plans, with gradients where there are any
         self.wanted: list[list[masks.Wanted | None]] = []  # of each layer
         self.choose = choose
 
@@ -59,6 +61,7 @@ class LayeredCall:
                 if plan is None:
                     return None
                 call.plans.append(plan)
+                call.layers.append(with_gradients(plan) if graded else partial(_without_gradients, plan))
                 flow = x.new_empty(plan.y_shape)
         return call
 
@@ -67,16 +70,15 @@ class LayeredCall:
     ) -> tuple[Any, ...]:
         """Output and final states, and with `return_states` all states."""
         if self.plain and len(self.plans) == 1:
-            results = compat.apply(PlannedLayer, self.plans[0], x, *states, *weights)
+            results = self.layers[0](x, *states, *weights)
             return results[0], results if self.form.step else results[1:]
         form, count, flow = self.form, self.form.spec.states, x
         reset, reset_to = self._resets(x, resets)
         outputs: list[Tensor] = []
         finals: list[States] = []
         cells: list[Tensor] = []
-        for k, plan in enumerate(self.plans):
-            given = self._given(k, self._between(k, flow, x), x, states, weights, reset, reset_to).flat()
-            results = compat.apply(PlannedLayer, plan, *given) if self.graded else plan.forward(given)[0]
+        for k, layer in enumerate(self.layers):
+            results = layer(*self._given(k, self._between(k, flow, x), x, states, weights, reset, reset_to).flat())
             flow = results[0]
             outputs.append(flow)
             finals.append(results[1 : 1 + count])
@@ -167,6 +169,15 @@ def is_kept(plan: LayerPlan, kept: Sequence[Tensor]) -> bool:
     return same
 
 
+def with_gradients(plan: LayerPlan) -> Callable[..., tuple[Tensor, ...]]:
+    """What a plan gives, of the tensors of `Given.flat`, as autograd sees it."""
+    return plan.native(partial(_again, plan)) or partial(compat.apply, PlannedLayer, plan)
+
+
+def _without_gradients(plan: LayerPlan, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return plan.forward(tensors)[0]
+
+
 class PlannedLayer(torch.autograd.Function):
     """(y, h_n, c_n, cells) of a layer with a plan, (h, c) of a step: what LayerFunction is, in calls that nothing
     watches."""
@@ -191,7 +202,7 @@ class PlannedLayer(torch.autograd.Function):
         refuse_batched(grads)
         watched = torch.is_grad_enabled() or not compat.in_plain_eager()
         if watched or not is_kept(plan, kept) or not compat.PLAIN_OR_NONE.issuperset(map(type, (*kept, *grads))):
-            return (None, *_again(plan, plan.split(tensors), saved, grads, needs))
+            return (None, *_again(plan, tensors, saved, grads, needs))
         return (None, *plan.backward(tensors, saved, grads, needs))
 
 
@@ -209,9 +220,15 @@ def _operands(plan: LayerPlan, given: Given) -> Operands:
 
 
 def _again(
-    plan: LayerPlan, given: Given, saved: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
+    plan: LayerPlan,
+    tensors: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients the ordinary way, which can be differentiated in its turn."""
+    refuse_batched(grads)
+    given = plan.split(tensors)
     form, x, extras, options = plan.form, given.x, given.extras, plan.form.options
     operands = _operands(plan, given)
     settings = Settings(

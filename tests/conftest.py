@@ -10,6 +10,7 @@ import torch
 from hypothesis import settings
 
 from rnnkern.backends import obstacle
+from rnnkern.backends.numba_cpu import native
 from tests.numba_support import count_shares, forget_plans, plan_constants
 
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
@@ -52,6 +53,24 @@ def nan_buffers() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def in_python(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Planned calls run in Python, as where the extension _calls was not built."""
+    monkeypatch.setattr(native, "calls", None)
+    forget_plans()
+    yield
+    forget_plans()
+
+
+@pytest.fixture(params=["native", "python"])
+def each_way(request: pytest.FixtureRequest) -> None:
+    """Planned calls run in C++, and in Python."""
+    if request.param == "python":
+        request.getfixturevalue("in_python")
+    elif native.calls is None:
+        pytest.skip(str(native.obstacle()))
 
 
 @pytest.fixture

@@ -189,7 +189,7 @@ PYTHON = [
         "GRU",
         {
             "by a plan: dx of the reverse direction dropped": ("made[0].add_(other)", "pass"),
-            "by a plan: gradients of shares not added": ("total(made[i], back.plan.zero)", "made[i][0]"),
+            "by a plan: gradients of shares not added": ("total(made[i], self.zero)", "made[i][0]"),
             "by a plan: another layout of the gradient": (
                 "tuple(needs), *[None if g is None else g.stride() for g in given])",
                 "tuple(needs), *[g is None for g in given])",
@@ -202,8 +202,8 @@ PYTHON = [
         "LSTM",
         {
             "by a plan: every layer starts from the first one's states": (
-                "int(part.storage_offset() - begin)",
-                "0 * int(part.storage_offset() - begin)",
+                "int(part.storage_offset() - begins",
+                "0 * int(part.storage_offset() - begins",
             ),
         },
     ),

@@ -66,6 +66,7 @@ def described(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return found
 
 
+@pytest.mark.usefixtures("in_python")
 @pytest.mark.parametrize("graded", [False, True])
 def test_repeated_calls_are_not_described(graded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = described(monkeypatch)

@@ -12,7 +12,8 @@ import torch
 
 import rnnkern
 from rnnkern.backends import Layer
-from rnnkern.backends.numba_cpu import plans, team
+from rnnkern.backends.numba_cpu import native, plans, team
+from rnnkern.backends.numba_cpu.vector import VECTOR_BYTES
 from rnnkern.cells import TORCH_CELLS
 from tests.numba_support import (
     FORKS,
@@ -75,8 +76,9 @@ def test_a_batch_is_cut_into_sequences_where_there_are_enough(
     threads: Callable[[int], None], members: list[int]
 ) -> None:
     threads(4)
+    hidden = 2 * VECTOR_BYTES + 3  # five panels of float64
     for batch, together in ((1, 4), (2, 4), (4, 1), (8, 1)):
-        cut = plans.Cut(random_layer("gru", batch=batch, hidden=131, directions=1), backward=False)
+        cut = plans.Cut(random_layer("gru", batch=batch, hidden=hidden, directions=1), backward=False)
         assert (cut.members, len(cut.shares) > 1) == (together, together == 1)
 
 
@@ -116,11 +118,13 @@ def test_layers_with_options_are_not_run_together(threads: Callable[[int], None]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there OMP_THREAD_LIMIT is known to be heard")
+@pytest.mark.usefixtures("each_way")
 def test_a_team_that_is_not_complete() -> None:
     """One thread does all, and none waits for those that never came."""
-    script = """
+    script = f"""
 import torch, rnnkern
-from rnnkern.backends.numba_cpu import plans, team
+from rnnkern.backends.numba_cpu import native, plans, team
+native.calls = native.calls if {native.calls is not None} else None
 plans.WORTH_A_THREAD = plans.WORTH_A_BARRIER = 1
 layer, x = rnnkern.GRU(4, 80), torch.randn(9, 1, 4)
 torch.set_num_threads(1)
@@ -132,7 +136,7 @@ for _ in range(3):
     y = layer(x)[0]
     assert torch.equal(y, want)
     y.sum().backward()
-assert len(calls) == 6
+assert len(calls) == {6 if native.calls is None else 4}  # planned calls in C++ run no team in Python
 """
     environment = {**os.environ, "OMP_THREAD_LIMIT": "2"}
     subprocess.run([sys.executable, "-c", script], check=True, timeout=100, env=environment)

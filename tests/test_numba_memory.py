@@ -4,6 +4,7 @@ import multiprocessing
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -114,11 +115,14 @@ def test_nothing_is_written_past_a_part_of_a_workspace(
     threads(4)
     pattern = 0x7FF8DEADBEEF0001  # a NaN
     checked: list[int] = []
-    ordinary = plans.Plan.run
+    launch = plans.Plan.launch
 
-    def run(plan: Any, kernel: Any, pack: Any, addresses: Any, alive: Any) -> None:
+    def watched(plan: Any, kernel: Any, pack: Any) -> Any:
+        return partial(run, plan, launch(plan, kernel, pack))
+
+    def run(plan: Any, launched: Any, addresses: Any, alive: Any) -> None:
         workspace = alive[0].view(torch.int64).fill_(pattern)
-        ordinary(plan, kernel, pack, addresses, alive)
+        launched(addresses, alive)
         index = _GuardedSpace.made.index(plan.space)
         spaces = _GuardedSpace.made[index : index + 1 + len(plan.directions)]
         for gap in _gaps(plan, spaces):
@@ -126,7 +130,7 @@ def test_nothing_is_written_past_a_part_of_a_workspace(
             checked.append(gap)
 
     monkeypatch.setattr(plans, "Space", _GuardedSpace)
-    monkeypatch.setattr(plans.Plan, "run", run)
+    monkeypatch.setattr(plans.Plan, "launch", watched)
     for layer in forms(cell):
         for constants in ({}, SMALL):
             with plan_constants(**constants):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rnnkern.backends.numba_cpu import plans
+from rnnkern.backends.numba_cpu.launch import Launch
 from rnnkern.backends.numba_cpu.operands import Backward, Forward, flatten, read_operands
 from rnnkern.cells import TORCH_CELLS
 from tests.numba_support import layer_forms, sweeps
@@ -67,13 +68,13 @@ def test_a_plan_fills_in_every_address_it_needs(cell: str, monkeypatch: pytest.M
     """What a plan leaves 0 is an address that the call fills in, or of a buffer that is not there; none is filled in
     twice."""
     made: list[Any] = []
-    run = plans.Plan.run
+    launch = plans.Plan.launch
 
-    def spy(plan: Any, *rest: Any) -> None:
+    def spy(plan: Any, *rest: Any) -> Launch:
         made.append(plan)
-        run(plan, *rest)
+        return launch(plan, *rest)
 
-    monkeypatch.setattr(plans.Plan, "run", spy)
+    monkeypatch.setattr(plans.Plan, "launch", spy)
     for layer in layer_forms(cell):
         sweeps(layer)
     assert {type(plan) for plan in made} == {plans.ForwardPlan, plans.BackwardPlan}

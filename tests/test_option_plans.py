@@ -11,6 +11,7 @@ from torch import Tensor
 
 import rnnkern
 from rnnkern import functional, planned, shortcut
+from rnnkern.backends.numba_cpu import native
 from rnnkern.backends.numba_cpu.ahead import MOST_BACKWARDS
 from rnnkern.cells import CELL_OF_MODE
 from tests.numba_support import bitwise_equal, forget_plans
@@ -32,6 +33,7 @@ FORMS: list[dict[str, Any]] = [
     {"num_layers": 2, "dropout": 0.4},
     {"num_layers": 2, "dropout": 0.4, "batch_first": True, "bidirectional": True},
 ]
+pytestmark = pytest.mark.usefixtures("each_way")
 every_kind = pytest.mark.parametrize("kind", EVERYTHING)
 
 Call = Callable[[], Any]
@@ -345,7 +347,7 @@ def test_a_change_of_threads_between_forward_and_backward(
     shared = gradients(1, 2)
     assert bitwise_equal(gradients(1, 1), alone)
     assert bitwise_equal(gradients(1, 2), shared)
-    assert always_split
+    assert always_split or native.calls is not None
 
 
 def test_a_state_is_not_taken_for_a_weight() -> None:

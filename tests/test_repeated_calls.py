@@ -18,6 +18,7 @@ from rnnkern.cells import TORCH_CELLS
 from tests.numba_support import bitwise_equal, forget_plans
 from tests.tables import Case, cases, cell_class, layer_class, nonlinearity, relative_rms
 
+pytestmark = pytest.mark.usefixtures("each_way")
 every_cell = pytest.mark.parametrize("cell", TORCH_CELLS)
 
 

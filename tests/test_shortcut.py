@@ -20,6 +20,7 @@ from rnnkern import shortcut
 from rnnkern.cells import TORCH_CELLS
 from tests.tables import Case, assert_close, cell_class, layer_class, nonlinearity, relative_rms
 
+pytestmark = pytest.mark.usefixtures("each_way")
 every_cell = pytest.mark.parametrize("cell", TORCH_CELLS)
 
 

@@ -229,6 +229,10 @@ class LayerPlan(Protocol):
     ) -> list[Tensor | None]:
         """The gradients of `tensors` that are needed, from those of what `forward` gave."""
 
+    def native(self, again: Callable[..., list[Tensor | None]]) -> Callable[..., tuple[Tensor, ...]] | None:
+        """`forward` without what backward needs, and with gradients, as one function in C++, where it can be had. Those
+        that `backward` is not for `again` finds: (tensors, saved, grads, needs) -> gradients."""
+
     def kept(self, saved: Sequence[Tensor], otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """y, gates and cells of what `forward` kept; `otherwise` for one that backward does not read."""
 

@@ -70,7 +70,7 @@ def _run(plan: Any, kernel: Any, pack: Any, tensors: dict[str, Tensor | None]) -
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     workspace = present["x"].new_empty(plan.space.bytes // plan.item)
     addresses = [workspace.data_ptr(), *(present[name].data_ptr() for name in plan.tensors[1:])]
-    plan.run(kernel, pack, addresses, (workspace, tensors))
+    plan.launch(kernel, pack)(addresses, (workspace, tensors))
 
 
 def _strides(*tensors: Tensor | None) -> tuple[Hashable, ...]:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from rnnkern.backends import Cotangents, Extras, Given, Layer, Saved, States, compute_dtype, is_readable, readable
+from rnnkern.backends.numba_cpu import native
 from rnnkern.backends.numba_cpu.optional_plans import EXTRAS, named_shares
-from rnnkern.backends.numba_cpu.plans import WEIGHTS, Address, Plan
+from rnnkern.backends.numba_cpu.plans import SCALARS, WEIGHTS, Address, Plan
+from rnnkern.backends.numba_cpu.program import Contents, program
 from rnnkern.backends.numba_cpu.ways import adds_rows, total, way_of
-from rnnkern.backends.pages import LEAST_BYTES, in_huge_pages
+from rnnkern.backends.pages import LEAST_BYTES
 from rnnkern.cells import Weights, split_directions
 from rnnkern.shortcut import Form
 
-# A workspace up to this size is kept from one call to the next: to allocate it would take as long as to use it.
-MOST_KEPT_BYTES = 65536
 # A gradient that is a view has the strides of the whole: there may be any number of these.
 MOST_BACKWARDS = 16
 
@@ -46,30 +46,6 @@ def weight_names(weights: Sequence[Weights]) -> list[str]:
 def in_turn(names: Sequence[str], first: int = 0) -> Numbers:
     """The numbers of tensors that come one after the other, from `first` on."""
     return {name: (first + i, 0) for i, name in enumerate(names)}
-
-
-# Those not in use, by how many numbers of which dtype they hold: there are never more than calls ran at once.
-_free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
-
-
-class Workspaces:
-    """Workspaces of a plan: small ones are kept for all plans of about the size, each taken and given back by one
-    operation, so that threads never share one."""
-
-    def __init__(self, x: Tensor, space: int) -> None:
-        self.keeps = space <= MOST_KEPT_BYTES
-        self.numbers = (1 << (space - 1).bit_length() if self.keeps else space) // x.element_size()
-        self.free = _free.setdefault((self.numbers, x.dtype), []) if self.keeps else []
-
-    def take(self, x: Tensor) -> Tensor:
-        try:
-            return self.free.pop()
-        except IndexError:
-            return x.new_empty(self.numbers)
-
-    def give(self, workspace: Tensor) -> None:
-        if self.keeps:
-            self.free.append(workspace)
 
 
 class _Ahead:
@@ -108,51 +84,49 @@ def inference_plan(
 
 
 class InferencePlan(_Ahead):
-    """A whole call, all its layers, that keeps nothing for backward."""
+    """A whole call, all its layers, that keeps nothing for backward. The tensors of a call are, in this order, its
+    workspace, x, initial states, weights, zeros, and what it makes: final states, the output, the outputs of inner
+    layers."""
 
     def __init__(self, form: Form, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
         super().__init__(form, x, states, weights)
-        self.plans: list[Plan] = []
-        flow, count = x, len(weights) // form.layers
+        plans: list[Plan] = []
+        count, inner = len(weights) // form.layers, [f"y{k}" for k in range(form.layers - 1)]
+        made = {"h_n": self.h_shape, **({"c_n": self.c_shape} if self.has_c else {})}
+        made |= {} if form.step else dict.fromkeys(("y", *inner), self.y_shape)
+        first = 2 + len(states)  # of the weights
+        place = in_turn(["workspace", "x", "h0", "c0"][:first]) | in_turn(["zeros", *made], first + len(weights))
+        flow = x
         for k in range(form.layers):
             y = x.new_empty(*self.y_shape)
             layer, results = self.layer(k, x, flow, y, states)
-            self.way = way_of(layer)
-            plan = self.way.forward_plan(layer, results)
-            outer = 7 + len(weights) + k  # the outputs of inner layers come last
-            numbers = {
-                "workspace": (0, 0),
-                "x": (outer - 1 if k else 1, 0),
-                "y": (3 if form.step else 2 if k == form.layers - 1 else outer, 0),
-            }
+            way = way_of(layer)
+            plan = way.forward_plan(layer, results)
+            flows = ["x", *inner, "h_n" if form.step else "y"][k : k + 2]
+            numbers = {"workspace": (0, 0), "x": place[flows[0]], "y": place[flows[1]]}
             # layer k's part of a state begins where its view does in the whole
-            parts = (results.h_n, results.c_n, layer.h0, layer.c0)
-            begins = (0, 0, *(state.storage_offset() for state in states or [self.zeros] * 2), 0)
-            for i, (name, part, begin) in enumerate(zip(("h_n", "c_n", "h0", "c0"), parts, begins, strict=False)):
+            parts = {"h_n": results.h_n, "c_n": results.c_n, "h0": layer.h0, "c0": layer.c0}
+            begins = dict(zip(("h0", "c0"), (state.storage_offset() for state in states), strict=False))
+            for name, part in parts.items():
                 if part is not None:
-                    numbers[name] = (3 + i, int(part.storage_offset() - begin) * x.element_size())
-            number(plan, numbers | in_turn(weight_names(layer.weights), 7 + k * count))
-            self.plans.append(plan)
+                    number_of, _ = place.get(name, place["zeros"])
+                    numbers[name] = number_of, int(part.storage_offset() - begins.get(name, 0)) * x.element_size()
+            number(plan, numbers | in_turn(weight_names(layer.weights), first + k * count))
+            plans.append(plan)
             flow = y
-        self.workspaces = Workspaces(x, max(plan.space.bytes for plan in self.plans))
-        self.kernel = self.way.kernels[form.cell].forward
+        kernel = way.kernels[form.cell].forward
+        launches = [plan.launch(kernel, way.pack_forward) for plan in plans]
+        contents = Contents([self.zeros], list(made.values()), [], [], max(plan.space.bytes for plan in plans))
+        self.program = program(launches, contents, x)
+        self.states = form.spec.states
+        self.output = 0 if form.step else self.states
         del self.sweeps
 
     def __call__(
         self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], resets: Sequence[Tensor] = ()
     ) -> tuple[Any, ...]:
-        h_n = x.new_empty(*self.h_shape)
-        c_n = x.new_empty(*self.c_shape) if self.has_c else h_n
-        y = h_n if self.form.step else x.new_empty(*self.y_shape)
-        h0, c0 = (states[0], states[-1]) if states else (self.zeros, self.zeros)
-        workspace = self.workspaces.take(x)
-        tensors = [workspace, x, y, h_n, c_n, h0, c0, *weights]
-        tensors += [x.new_empty(*self.y_shape) for _ in self.plans[1:]]  # of inner layers
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        for plan in self.plans:
-            plan.run(self.kernel, self.way.pack_forward, addresses, tensors)
-        self.workspaces.give(workspace)
-        return y, (h_n, c_n) if self.has_c else (h_n,)
+        made = self.program(x, *states, *weights)
+        return made[self.output], made[: self.states]
 
 
 def layer_plan(form: Form, given: Given, graded: bool) -> "LayerPlan | None":
@@ -177,12 +151,10 @@ _KEPT, _GRADIENTS = ("y", "gates", "cells"), ("dy", "dh_n", "dc_n", "dcells")
 class _Back(NamedTuple):
     """How gradients are found where the same ones are given and asked for."""
 
-    plan: Plan
-    spaces: Workspaces
-    empty: list[tuple[int, ...]]  # shapes of what sweeps write, first, where it is asked for, dx of each direction,
-    zeroed: list[tuple[int, ...]]  # and of what they add to
-    summed: list[int]  # which of these have a part for each share of the batch
-    returned: list[int | None]  # which of these is the gradient of each tensor of the call
+    program: Any
+    inputs: int  # so many dx, one of each direction, are the first that it makes
+    summed: list[int]  # which have a part for each share of the batch
+    returned: list[int | None]  # which is the gradient of each tensor of the call
 
 
 class LayerPlan(_Ahead):
@@ -208,9 +180,9 @@ class LayerPlan(_Ahead):
         self.constants = {"zeros": self.zeros, **named_shares(layer)}
         self.way = way_of(layer)
         self.kernels = self.way.kernels[form.cell]
-        self.forward_plan = self.way.forward_plan(layer, results)
-        number(self.forward_plan, self._numbers([], self.made, "h_n"))
-        self.forward_space = Workspaces(x, self.forward_plan.space.bytes)
+        self.zero = SCALARS[x.dtype](0)
+        self.program = self._program(x, layer, results)
+        self.like = _meta(x)
         self.meta = layer._replace(
             x=_meta(layer.x),
             h0=_meta(layer.h0),
@@ -244,6 +216,14 @@ class LayerPlan(_Ahead):
         sizes = {name: math.prod(self.made[name]) * x.element_size() for name in self.kept_names if name != "y"}
         self.large = [place[name] for name, size in sizes.items() if size >= LEAST_BYTES]
 
+    def _program(self, x: Tensor, layer: Layer, results: States) -> Any:
+        """What forward does."""
+        plan = self.way.forward_plan(layer, results)
+        number(plan, self._numbers([], self.made, "h_n"))
+        shapes = list(self.made.values())
+        contents = Contents(list(self.constants.values()), shapes, [], self.large, plan.space.bytes)
+        return program([plan.launch(self.kernels.forward, self.way.pack_forward)], contents, x)
+
     def _numbers(self, between: Sequence[str], made: Iterable[str], y: str) -> Numbers:
         """Of the tensors of a call. Initial states that are not given are zeros, and where there is no y another
         tensor stands for it."""
@@ -259,16 +239,8 @@ class LayerPlan(_Ahead):
     def forward(self, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(y, h_n, c_n), with `Extras.states` also cells, of a step (h, c); and what backward needs beside the
         tensors."""
-        x = tensors[0]
-        made = [x.new_empty(*shape) for shape in self.made.values()]
-        for i in self.large:
-            in_huge_pages(made[i])
-        workspace = self.forward_space.take(x)
-        everything = [workspace, *tensors, *self.constants.values(), *made]
-        addresses = [tensor.data_ptr() for tensor in everything]
-        self.forward_plan.run(self.kernels.forward, self.way.pack_forward, addresses, everything)
-        self.forward_space.give(workspace)
-        return tuple(made[: self.gives]), tuple([made[i] for i in self.keeps])
+        made = self.program(*tensors)
+        return made[: self.gives], tuple([made[i] for i in self.keeps])
 
     def kept(self, saved: Sequence[Tensor], otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """y, gates and cells of what `forward` kept; `otherwise` for one that backward does not read."""
@@ -286,27 +258,31 @@ class LayerPlan(_Ahead):
         self, tensors: Sequence[Tensor], saved: Sequence[Tensor], grads: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> list[Tensor | None]:
         """The gradients of `tensors` that are needed."""
-        x, given = tensors[0], [None if g is None else readable(g) for g in grads]
+        given, back = self.back(grads, needs)
+        made = list(back.program(*tensors, *saved, *[g for g in given if g is not None]))
+        for other in made[1 : back.inputs]:
+            made[0].add_(other)
+        for i in back.summed:
+            made[i] = total(made[i], self.zero)
+        return [None if i is None else made[i] for i in back.returned]
+
+    def back(self, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[list[Tensor | None], _Back]:
+        """The gradients given as kernels can read them, and how those needed are found."""
+        given = [None if g is None else readable(g) for g in grads]
         key = (torch.get_num_threads(), tuple(needs), *[None if g is None else g.stride() for g in given])
         back = self.backwards.get(key)
         if back is None:
             if len(self.backwards) >= MOST_BACKWARDS:
                 self.backwards.clear()
-            back = self.backwards[key] = self._back(x, self.of_results(given), needs)
-        made = [x.new_empty(*shape) for shape in back.empty]
-        made += [x.new_zeros(*shape) for shape in back.zeroed]
-        workspace, present = back.spaces.take(x), [g for g in given if g is not None]
-        everything = [workspace, *tensors, *saved, *present, *self.constants.values(), *made]
-        addresses = [tensor.data_ptr() for tensor in everything]
-        back.plan.run(self.kernels.backward, self.way.pack_backward, addresses, everything)
-        del everything  # what is summed up can go
-        back.spaces.give(workspace)
-        if needs[0]:
-            for other in made[1 : self.form.directions]:
-                made[0].add_(other)
-        for i in back.summed:
-            made[i] = total(made[i], back.plan.zero)
-        return [None if i is None else made[i] for i in back.returned]
+            back = self.backwards[key] = self._back(self.like, self.of_results(given), needs)
+        return given, back
+
+    def native(self, again: Callable[..., Any]) -> Any:
+        """`forward` with gradients as one function in C++, where it can be had. What `backward` is not for, `again`
+        does: (tensors, saved, grads, needs) -> gradients."""
+        if native.calls is None:
+            return None
+        return native.calls.PlannedLayer(self.program, self.gives, self.keeps, self.back, again)
 
     def _back(self, x: Tensor, given: Cotangents, needs: Sequence[bool]) -> _Back:
         """For gradients of results with these strides."""
@@ -319,6 +295,7 @@ class LayerPlan(_Ahead):
         shapes = {n: tuple(t.shape) if n in EXTRAS else (*lead, *t.shape) for n, t in like.items()}
         shapes |= {"h0": self.h_shape, "c0": self.c_shape}
         empty = {f"dx{d}": tuple(x.shape) for d in range(self.form.directions)} if needs[0] else {}
+        inputs = len(empty)
         empty |= {f"d{name}": shapes[name] for name in wanted if name != "x" and name not in self.adds}
         zeroed = {f"d{name}": shapes[name] for name in wanted if name in self.adds}
         made = [*empty, *zeroed]
@@ -332,8 +309,11 @@ class LayerPlan(_Ahead):
         place = {name: i for i, name in enumerate(made)}
         summed = [place[f"d{name}"] for name in self.weights if name in wanted and plan.parts > 1]
         returned = [place.get("dx0" if name == "x" else f"d{name}") for name in self.names]
-        spaces = Workspaces(x, plan.space.bytes)
-        return _Back(plan, spaces, list(empty.values()), list(zeroed.values()), summed, returned)
+        contents = Contents(
+            list(self.constants.values()), list(empty.values()), list(zeroed.values()), [], plan.space.bytes
+        )
+        launch = plan.launch(self.kernels.backward, self.way.pack_backward)
+        return _Back(program([launch], contents, x), inputs, summed, returned)
 
     def _cotangents(
         self, x: Tensor, given: Cotangents, wanted: Sequence[str], like: dict[str, Any]

@@ -6,7 +6,6 @@ the addresses into them, which takes a few microseconds, where laying out a call
 """
 
 from array import array
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -165,7 +164,7 @@ class Plan(Cut):
         self.chunk = max(1, min(self.steps, chunk_rows // self.block))
         self.space = Space()
         self.packs = False
-        self.launch: Launch | None = None
+        self._launch: Launch | None = None
         self.tensors = ["workspace"]  # of a call, by name, in the order in which `run` is told their addresses
         self.directions: list[tuple[array[int], list[Address]]] = []
         self._addresses: list[Address] = []
@@ -249,12 +248,12 @@ class Plan(Cut):
         """Which integer of the operands says which member they are for; their number and the barrier follow."""
         return POSITIONS[self.operands]["sizes.member"]
 
-    def run(self, kernel: Any, pack: Any, addresses: Sequence[int], alive: object) -> None:
-        """Packs the weights of each direction, then runs all shares. Addresses are those of `tensors`; `alive` holds
-        these."""
-        if self.launch is None:
-            self.launch = Launch(self, kernel, pack)
-        self.launch(addresses, alive)
+    def launch(self, kernel: Any, pack: Any) -> Launch:
+        """What packs the weights of each direction, then runs all shares; of calls whose addresses are those of
+        `tensors`."""
+        if self._launch is None:
+            self._launch = Launch(self, kernel, pack)
+        return self._launch
 
 
 class ForwardPlan(Plan):

@@ -133,8 +133,9 @@ _runtime = _entries("GOMP_parallel", "GOMP_barrier", "omp_get_num_threads", "omp
 _enter: Callable[..., None] | None = _runtime[0] if _runtime else None
 if _enter is not None:  # (function, its argument, threads, flags)
     _enter.argtypes, _enter.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None  # type: ignore[attr-defined]
-# Addresses of a function that returns when all threads of a team have called it, and of the two that `ask` asks.
-BARRIER, *_TEAM = [ctypes.cast(entry, ctypes.c_void_p).value or 0 for entry in _runtime[1:]] or [0, 0, 0]
+# Addresses of GOMP_parallel, of a function that returns when all threads of a team have called it, and of the two that
+# `ask` asks.
+ENTRY, BARRIER, *_TEAM = [ctypes.cast(entry, ctypes.c_void_p).value or 0 for entry in _runtime] or [0, 0, 0, 0]
 
 
 class Work:
