@@ -280,8 +280,8 @@ OF_SWEEPS = [
         "rnn_tanh",
         {
             "a tile's rows all see the first row's input": (
-                "vector, elements[row], weights",
-                "vector, elements[0], weights",
+                "element(a_rows[row], a_offset)",
+                "element(a_rows[0], a_offset)",
             ),
             "a tile starts from the first row's C0": (
                 "(sums[rc], start[rc], new[rc])",

@@ -7,7 +7,8 @@ side by side, so that a tile's result holds every gate of the units that a cell 
     a weight packed: panels one behind the other, the last one with as many vectors as are left; units past H are zero
 
 The tile of R rows and V vectors computes C (R, V*lanes) = C0 + A (R, K) @ panel with R*V accumulators. For each k it
-loads V vectors and R scalars for R*V multiply-adds, so R is as large as the registers allow: R*V + V + 1 <= REGISTERS.
+loads V vectors and R scalars for R*V multiply-adds, so R is as large as the registers allow: beside the accumulators
+they hold the fewer of both, and one of the others at a time, R*V + min(R, V) + 1 <= REGISTERS.
 Each element of C is summed in the order of k whatever the tile, so a row's result depends neither on its neighbours nor
 on how the batch was split over threads.
 
@@ -37,9 +38,8 @@ from rnnkern.backends.numba_cpu.vector import (
 )
 
 MAX_VECTORS = 4  # in a panel; more would leave too few rows in the registers
-# The most rows of a tile, by the vectors of its panel. With 16 registers the panel's vectors are read as memory
-# operands.
-MAX_ROWS = (0, 8, 8, 8, 6) if REGISTERS == 32 else (0, 6, 6, 4, 3)
+# The most rows of a tile, by the vectors of its panel.
+MAX_ROWS = (0, 8, 8, 8, 6) if REGISTERS == 32 else (0, 8, 6, 4, 3)
 CACHE_LINE = 64
 # Of a tile with fewer multiply-adds for each k, loads are what takes its time, and another one would cost some.
 LEAST_WITH_FETCH = 16
@@ -72,6 +72,29 @@ _POINTERS = ("a", "panel", "ahead", "c0", "c")
 
 def _number(value):
     return ir.Constant(ir.IntType(64), value)
+
+
+def _products(builder, vector, sums, rows, vectors, splatted, weights):
+    """The sums with a product added to each, in an order that needs few registers: of rows and vectors, those of which
+    there are fewer are loaded first, the others one by one where they are used."""
+    new = {}
+
+    def add(row, element, column, weight):
+        new[row, column] = multiply_add(builder, vector, element, weight, sums[row, column])
+
+    if rows >= vectors:
+        held = [weights(column) for column in range(vectors)]
+        for row in range(rows):
+            element = splatted(row)
+            for column in range(vectors):
+                add(row, element, column, held[column])
+    else:
+        held = [splatted(row) for row in range(rows)]
+        for column in range(vectors):
+            weight = weights(column)
+            for row in range(rows):
+                add(row, held[row], column, weight)
+    return new
 
 
 def _emit_tile(builder, vector, rows, vectors, at, transposed):
@@ -109,12 +132,11 @@ def _emit_tile(builder, vector, rows, vectors, at, transposed):
     sums = {rc: builder.phi(ir_vector(vector)) for rc in grid}
     if fetches_ahead(rows, vectors) and not transposed:
         emit_prefetch(builder, builder.gep(at.ahead, [builder.mul(k, _number(CACHE_LINE))]))
-    weights = [load(panel, _number(column * VECTOR_BYTES)) for column in range(vectors)]
-    elements = [splat(builder, element(a_row, a_offset), vector.lanes) for a_row in a_rows]
-    new = {
-        (row, column): multiply_add(builder, vector, elements[row], weights[column], sums[row, column])
-        for row, column in grid
-    }
+    new = _products(
+        builder, vector, sums, rows, vectors,
+        lambda row: splat(builder, element(a_rows[row], a_offset), vector.lanes),
+        lambda column: load(panel, _number(column * VECTOR_BYTES)),
+    )  # fmt: skip
     following = builder.add(k, _number(1))
     for phi, first, later in [
         (k, _number(0), following),
