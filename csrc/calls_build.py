@@ -70,7 +70,8 @@ def build_calls() -> Path:
     includes = [flag for path in headers for flag in ("-isystem", str(path))]
     flags = [*build.CXX_FLAGS, "-std=c++20", *includes]
     bindings = build.Compilation("gxx", build.SOURCE / "calls" / "bindings.cpp", "bindings.o", flags)
-    libraries = [f"-L{torch.folder / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch_python"]  # torch has loaded them before
+    # torch has loaded its libraries before, so that the module needs no path to them
+    libraries = [f"-L{torch.folder / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch_python", "-lpthread"]
     folder = build.ROOT / "build" / f"calls-{torch.version}"
     build.run_ninja(folder, build.ninja_file([bindings], "_calls", libraries, nvcc=None), [module])
     return folder / module

@@ -20,8 +20,7 @@ namespace rnnkern {
 using Integer = std::int64_t;
 using Share = std::array<Integer, 4>;
 
-// An address in a call's array: the position, which tensor of the call it is in (0 is the array), and how far behind
-// it.
+// An address in a call's array: its position, the number of a tensor (0 is the array itself), and how far behind it.
 using Field = std::array<Integer, 3>;
 
 struct Region {
@@ -72,12 +71,11 @@ class Launch {
 
   private:
     static void on_own_threads(const Region& region, Integer base) {
-        std::vector<std::thread> others;
+        std::vector<std::jthread> others;  // which are waited for, even if one of them cannot be had
         for (std::size_t i = 1; i < region.shares.size(); ++i) {
             others.emplace_back([&region, base, i] { region.run(region.shares[i], base); });
         }
         region.run(region.shares[0], base);
-        for (auto& other : others) other.join();
     }
 
     std::vector<Integer> integers_;
