@@ -1,16 +1,20 @@
 """What every test runs under: a fixed seed, fixed hypothesis examples, a GPU if it needs one; and what several files
-take: buffers that are NaN until written, a number of threads, Keras."""
+take: buffers that are NaN until written, a number of threads, planned calls of either kind, a folder to build in,
+Keras."""
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
+from csrc import build
 from rnnkern.backends import obstacle
 from rnnkern.backends.numba_cpu import native
+from tests.build_support import build_tree, executable
 from tests.numba_support import count_shares, forget_plans, plan_constants
 
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
@@ -87,6 +91,24 @@ def always_split(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     counts = count_shares(monkeypatch, together=False)
     with plan_constants(WORTH_A_THREAD=1, LEAST_SEQUENCES=1, ROWS_WORTH_A_SUM=1):
         yield counts
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of what a build reads."""
+    return build_tree(tmp_path / "tree")
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with g++ but no CUDA, and a folder that is first on its PATH."""
+    for name in ("RNNKERN_CUDA", "RNNKERN_CUDA_ARCHS", "RNNKERN_CALLS", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    programs = tmp_path / "programs"
+    executable(programs / "g++", "#!/bin/sh\n")
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.setattr(build, "DEFAULT_HOME", tmp_path / "default")
+    return programs
 
 
 @pytest.fixture(scope="module")

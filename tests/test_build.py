@@ -5,28 +5,18 @@ import ctypes
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
 from csrc import build, calls_build
+from tests.build_support import executable, python, recompiled
 
-BUILD_INPUTS = ("csrc", "rnnkern", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 MEGABYTE = 2**20
-
-
-def executable(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
 
 
 def nvcc_script(version: str, top: str) -> str:
@@ -46,18 +36,6 @@ def fake_toolkit(home: Path, version: str = "13.0.88", nvcc: Path | None = None,
     (home / library / "libcudart_static.a").touch()
     (home / "bin").mkdir()
     return executable(nvcc or home / "bin" / "nvcc", nvcc_script(f"V{version}", f"TOP={home}/bin/.."))
-
-
-@pytest.fixture
-def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine with g++ but no CUDA, and a folder that is first on its PATH."""
-    for name in ("RNNKERN_CUDA", "RNNKERN_CUDA_ARCHS", "RNNKERN_CALLS", "CUDA_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    programs = tmp_path / "programs"
-    executable(programs / "g++", "#!/bin/sh\n")
-    monkeypatch.setenv("PATH", str(programs))
-    monkeypatch.setattr(build, "DEFAULT_HOME", tmp_path / "default")
-    return programs
 
 
 # -- which compiler ----------------------------------------------------------------------------------------------------
@@ -199,29 +177,6 @@ def test_every_precision_has_its_objects_and_all_are_linked() -> None:
 # -- setup.py ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    """A copy of what a build reads."""
-    folder = tmp_path / "tree"
-    folder.mkdir()
-    for name in BUILD_INPUTS:
-        source = build.ROOT / name
-        if source.is_dir():
-            ignore = shutil.ignore_patterns("__pycache__", "*.so", build.RECORD, calls_build.RECORD)
-            shutil.copytree(source, folder / name, ignore=ignore)
-        else:
-            shutil.copy2(source, folder / name)
-    return folder
-
-
-def python(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python in the tree, with no CUDA and no calls in C++ unless the environment names them."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RNNKERN_C", "PYTHONPATH"))}
-    settings = {"CUDA_HOME": str(tree / "nowhere"), "RNNKERN_CALLS": "0", **environment}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, env=kept | settings, cwd=tree, capture_output=True, text=True, check=False)
-
-
 def test_without_a_compiler_the_pure_package_is_built_and_says_why(tree: Path) -> None:
     done = python(tree, "setup.py", "-q", "bdist_wheel")
     assert done.returncode == 0, done.stderr
@@ -256,30 +211,6 @@ def test_one_without_a_compiler_fails_with_a_sentence(tree: Path) -> None:
         f"rnnkern: RNNKERN_CUDA=1, but CUDA_HOME is {tree}/nowhere, which has no bin/nvcc: set it to a CUDA toolkit, "
         "or unset it\n"
     )
-
-
-def test_one_without_torch_fails_with_a_sentence(tree: Path) -> None:
-    """torch without headers here, first on the path of what is asked for it."""
-    script = f"#!/bin/sh\nexec {sys.executable} -c 'print(\"{tree}/torch/__init__.py\")'\n"
-    asked = executable(tree / "python", script)
-    run = f"import sys; sys.executable = {str(asked)!r}; sys.argv[1:] = ['-q', 'build_ext', '--inplace']"
-    done = python(tree, "-c", f"{run}; import runpy; runpy.run_path('setup.py')", RNNKERN_CALLS="1", RNNKERN_CUDA="0")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == (
-        "rnnkern: RNNKERN_CALLS=1, but the Python that installs has no torch with C++ headers: install torch first, "
-        "and rnnkern by pip"
-    )
-
-
-def test_the_torch_to_compile_for_is_the_installed_one(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert calls_build.find_torch() == (torch.__version__, Path(torch.__file__).parent)
-    monkeypatch.setenv("RNNKERN_CALLS", "wheel")
-    with pytest.raises(build.BuildError, match=r"^RNNKERN_CALLS: expected auto, 0 or 1, got 'wheel'$"):
-        calls_build.find_torch()
-    monkeypatch.setenv("RNNKERN_CALLS", "")
-    (bare / "g++").unlink()
-    with pytest.raises(build.BuildError, match=r"^no g\+\+ was found on PATH"):
-        calls_build.find_torch()
 
 
 def test_what_failed_to_compile_is_not_recorded_as_built(tree: Path) -> None:
@@ -333,13 +264,6 @@ def stub_sources(tmp_path: Path) -> Path:
     return folder
 
 
-def recompiled(folder: Path, run: Callable[[], object]) -> set[str]:
-    """The objects in the folder that `run` makes anew."""
-    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.o")}
-    run()
-    return {path.name for path in folder.glob("*.o") if before.get(path.name) != path.stat().st_mtime_ns}
-
-
 def test_only_what_was_touched_is_compiled_again(stub_sources: Path, tmp_path: Path) -> None:
     def compile_all() -> Path:
         return build.build_host(tmp_path / "objects", source=stub_sources)
@@ -379,27 +303,6 @@ def test_a_source_that_does_not_compile_is_an_error(
 
 
 # -- the real thing ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_calls_are_built_for_this_torch(tree: Path) -> None:
-    objects = tree / "build" / f"calls-{torch.__version__}"
-
-    def build_in_place() -> None:
-        done = python(tree, "setup.py", "-q", "build_ext", "--inplace", RNNKERN_CALLS="1")
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    assert recompiled(objects, build_in_place) == {"bindings.o"}
-    assert recompiled(objects, build_in_place) == set()
-    (tree / "csrc" / "calls" / "launch.h").touch()
-    assert recompiled(objects, build_in_place) == {"bindings.o"}
-    module = tree / "rnnkern" / build.module_file("_calls")
-    dynamic = subprocess.run(["readelf", "--dynamic", module], capture_output=True, text=True, check=True).stdout
-    assert not re.search("R(UN)?PATH", dynamic)
-    record = json.loads((tree / "rnnkern" / calls_build.RECORD).read_text())
-    assert record == {"torch": torch.__version__, "reason": None}
-    done = python(tree, "-m", "rnnkern")
-    assert "calls of numba run in C++" in done.stdout, done.stderr
 
 
 @pytest.mark.slow
