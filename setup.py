@@ -32,13 +32,14 @@ class Part(NamedTuple):
     find: Callable[[], Any]  # what to compile with; a BuildError says why there is nothing
     compile: Callable[[], Path]
     write_record: Callable[[Path, str | None], None]
+    may_fail: bool = False  # to compile, where nobody insists on it
 
 
 PARTS = {
     "_cuda": Part("CUDA", "RNNKERN_CUDA", build.cuda_mode, build.find_toolkit, build.build_cuda, build.write_record),
     "_calls": Part(
         "calls in C++", "RNNKERN_CALLS", calls_build.mode, calls_build.find_torch, calls_build.build_calls,
-        calls_build.write_record,
+        calls_build.write_record, may_fail=True,
     ),
 }  # fmt: skip
 
@@ -78,15 +79,23 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Puts the compiled module where setuptools expects it."""
-        part = PARTS[ext.name.rpartition(".")[2]]
+        name = ext.name.rpartition(".")[2]
+        part = PARTS[name]
         part.find()
         try:
             compiled = part.compile()
         except build.BuildError as error:
-            raise build.BuildError(f"{error}; {part.variable}=0 installs the package without {part.what}") from error
+            if not ext.optional:
+                raise build.BuildError(
+                    f"{error}; {part.variable}=0 installs the package without {part.what}"
+                ) from error
+            reasons[name] = str(error)
+            if not self.inplace:
+                record(Path(self.build_lib) / PACKAGE.name, name)
+            return
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(compiled, target)
+        shutil.copyfile(compiled, target)  # newer than what an earlier build has left in place, and so taken
 
 
 class BuildPackage(build_py):
@@ -105,7 +114,11 @@ class BuildPackage(build_py):
 try:
     reasons = {name: why_not(part) for name, part in PARTS.items()}
     setup(
-        ext_modules=[Extension(f"rnnkern.{name}", sources=[]) for name, reason in reasons.items() if reason is None],
+        ext_modules=[
+            Extension(f"rnnkern.{name}", sources=[], optional=part.may_fail and part.mode() == "auto")
+            for name, part in PARTS.items()
+            if reasons[name] is None
+        ],
         cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage},
         setup_requires=build.CUDA_WHEELS if build.cuda_mode() == "wheel" else [],  # for the build; pip asks for them
     )

@@ -42,6 +42,7 @@ def find_torch() -> Torch:
     if mode() == "0":
         raise build.BuildError("RNNKERN_CALLS=0 was set for the build")
     build.require_gxx()
+    build.python_headers()
     ask = "from importlib.util import find_spec; found = find_spec('torch'); print(found.origin if found else '')"
     done = subprocess.run([sys.executable, "-E", "-c", ask], capture_output=True, text=True, check=True)
     answer = done.stdout.strip()

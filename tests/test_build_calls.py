@@ -1,9 +1,11 @@
 """How the extension of planned calls is built: for which torch, what is refused and in which words."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,30 @@ def test_one_without_torch_fails_with_a_sentence(tree: Path) -> None:
         "rnnkern: RNNKERN_CALLS=1, but the Python that installs has no torch with C++ headers: install torch first, "
         "and rnnkern by pip"
     )
+
+
+@pytest.mark.parametrize("command", [["build_ext", "--inplace"], ["bdist_wheel"]], ids=" ".join)
+def test_what_cannot_be_compiled_is_left_out_and_told(tree: Path, command: list[str]) -> None:
+    """A g++ that is too old, say: the package is complete without."""
+    executable(tree / "bin" / "g++", "#!/bin/sh\nexit 1\n")
+    settings = {"PATH": f"{tree / 'bin'}{os.pathsep}{os.environ['PATH']}", "RNNKERN_CUDA": "0"}
+    done = python(tree, "setup.py", "-q", *command, RNNKERN_CALLS="auto", **settings)
+    assert done.returncode == 0, done.stderr
+    assert "rnnkern: without calls in C++: ninja could not build _calls" in done.stderr
+    if command == ["bdist_wheel"]:
+        (wheel,) = (tree / "dist").iterdir()
+        with zipfile.ZipFile(wheel) as archive:
+            names, text = archive.namelist(), archive.read(f"rnnkern/{calls_build.RECORD}")
+    else:
+        names = [path.name for path in (tree / "rnnkern").iterdir()]
+        text = (tree / "rnnkern" / calls_build.RECORD).read_bytes()
+    record = json.loads(text)
+    assert record["torch"] is None
+    assert record["reason"].startswith("ninja could not build _calls")
+    assert not any(name.endswith(build.module_file("_calls")) for name in names)
+    done = python(tree, "setup.py", "-q", *command, RNNKERN_CALLS="1", **settings)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("RNNKERN_CALLS=0 installs the package without calls in C++")
 
 
 def test_the_torch_to_compile_for_is_the_installed_one(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,6 +204,36 @@ def test_weights_with_other_data_at_backward(again: list[bool]) -> None:
         torch.testing.assert_close(got.grad, want.grad)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch asks for it itself
+@pytest.mark.parametrize("public", [False, True])
+def test_compiled_autograd(public: bool) -> None:
+    layer, x = rnnkern.GRU(3, 5), torch.randn(4, 2, 3)
+    trained(layer, x)
+    wanted = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+    layer.zero_grad()
+    trained(layer, x, 3)
+    y = layer(x)[0].sum()
+    if public:
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            torch.compile(lambda loss: loss.backward(), backend="eager")(y)
+    else:
+        with torch._dynamo.compiled_autograd._enable(lambda graph: graph):
+            y.backward()
+    assert bitwise_equal([p.grad for p in layer.parameters()], wanted)
+
+
+def test_a_call_that_autograd_refuses_is_no_model_for_others(again: list[bool]) -> None:
+    """The first with a plan, of a tensor of inference mode, which is kept for no backward."""
+    layer, x = rnnkern.GRU(3, 5), torch.randn(4, 2, 3)
+    with torch.inference_mode():
+        from_inference = x.clone()
+    trained(layer, x, 2)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        layer(from_inference)
+    trained(layer, x)
+    assert not again
+
+
 def test_an_output_changed_in_place_is_refused() -> None:
     layer, x = rnnkern.GRU(3, 5), torch.randn(4, 2, 3)
     trained(layer, x)

@@ -15,36 +15,35 @@ std::shared_ptr<Launch> make_launch(std::vector<Integer> integers, std::vector<F
     return std::make_shared<Launch>(std::move(integers), std::move(fields), std::move(found), enter);
 }
 
-// Calls `run` with the tensors of a Python call, without the GIL.
-template <typename Run>
-py::tuple call(const py::args& arguments, Run run) {
-    const auto given = from_python(arguments);
-    Tensors found;
+py::tuple run(const Program& program, const py::args& tensors) {
+    const auto given = from_python(tensors);
+    Tensors made;
     {
         py::gil_scoped_release no_gil;
-        found = run(at::TensorList(given));
+        made = program.run(given);
     }
-    return to_python(found);
+    return to_python(made);
+}
+
+LayerHandle make_layer(std::shared_ptr<Program> program, Integer gives, Numbers keeps, py::object back,
+                       py::object again) {
+    return LayerHandle(
+        std::make_shared<PlannedLayer>(std::move(program), gives, std::move(keeps), std::move(back), std::move(again)));
+}
+
+py::tuple call(const LayerHandle& handle, const py::args& tensors) {
+    const auto given = from_python(tensors);
+    return to_python(PlannedLayerFunction::apply(handle, at::TensorList(given)));
 }
 
 PYBIND11_MODULE(_calls, module) {
-    pthread_atfork(nullptr, nullptr, [] { forked = true; });
+    watch_forks();
     py::class_<Launch, std::shared_ptr<Launch>>(module, "Launch").def(py::init(&make_launch));
     py::class_<Program, std::shared_ptr<Program>>(module, "Program")
         .def(py::init<std::vector<std::shared_ptr<Launch>>, Tensors, std::vector<Numbers>, std::vector<Numbers>,
                       Numbers, Integer>())
-        .def("__call__", [](const Program& program, const py::args& tensors) {
-            return call(tensors, [&program](at::TensorList given) { return program.run(given); });
-        });
-    py::class_<PlannedLayer, c10::intrusive_ptr<PlannedLayer>>(module, "PlannedLayer")
-        .def(py::init(
-            [](std::shared_ptr<Program> program, Integer gives, Numbers keeps, py::object back, py::object again) {
-                return c10::make_intrusive<PlannedLayer>(std::move(program), gives, std::move(keeps), std::move(back),
-                                                         std::move(again));
-            }))
-        .def("__call__", [](const c10::intrusive_ptr<PlannedLayer>& layer, const py::args& tensors) {
-            return call(tensors, [&layer](at::TensorList given) { return PlannedLayerFunction::apply(layer, given); });
-        });
+        .def("__call__", &run);
+    py::class_<LayerHandle>(module, "PlannedLayer").def(py::init(&make_layer)).def("__call__", &call);
 }
 
 }  // namespace

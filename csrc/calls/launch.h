@@ -11,6 +11,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <mutex>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -44,6 +45,18 @@ struct Region {
 
 // Whether this process is a fork: no OpenMP team survives one.
 inline std::atomic<bool> forked{false};
+
+// Of what planned layers note of their calls. One for all, since a fork must find it free: its child would wait for a
+// thread that it does not have. Nothing that needs the GIL happens under it, for who forks may hold that.
+inline std::mutex notes;
+
+inline void watch_forks() {
+    pthread_atfork([] { notes.lock(); }, [] { notes.unlock(); },
+                   [] {
+                       notes.unlock();
+                       forked = true;
+                   });
+}
 
 class Launch {
   public:

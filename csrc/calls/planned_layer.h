@@ -42,7 +42,7 @@ struct Look {
     at::ScalarType type;
     c10::DispatchKeySet keys;
 
-    explicit Look(const at::Tensor& tensor)
+    Look(const at::Tensor& tensor)
         : shape(tensor.sizes().vec()),
           strides(tensor.strides().vec()),
           type(tensor.scalar_type()),
@@ -59,7 +59,7 @@ inline bool is_undisturbed() {
     return c10::impl::tls_local_dispatch_key_set().included_ == c10::default_included_set;
 }
 
-class PlannedLayer : public torch::CustomClassHolder {
+class PlannedLayer {
   public:
     // Of what the program makes it gives the first few, and keeps some for backward. `back` is LayerPlan.back, and
     // `again` finds gradients in Python: (tensors, saved, grads, needs) -> gradients.
@@ -70,14 +70,22 @@ class PlannedLayer : public torch::CustomClassHolder {
           back_(std::move(back)),
           again_(std::move(again)) {}
 
-    // What it gives, and all that backward needs.
+    // What it gives, and all that backward needs. With the GIL, which only the program runs without: a thread that
+    // forks must not find another one inside of autograd, whose locks its child would wait for.
     std::pair<Tensors, Tensors> forward(at::TensorList tensors) {
-        auto made = program_->run(tensors);
+        Tensors made;
+        {
+            py::gil_scoped_release no_gil;
+            made = program_->run(tensors);
+        }
         Tensors kept(tensors.begin(), tensors.end());
         for (auto i : keeps_) kept.push_back(made[i]);
-        std::call_once(looked_, [&] {  // as those of all calls
-            for (const auto& tensor : kept) looks_.emplace_back(tensor);
-        });
+        {
+            std::lock_guard<std::mutex> lock(notes);
+            if (looks_.empty() && std::none_of(kept.begin(), kept.end(), is_refused)) {
+                looks_.assign(kept.begin(), kept.end());  // as those of all calls
+            }
+        }
         made.resize(gives_);
         return {std::move(made), std::move(kept)};
     }
@@ -90,6 +98,14 @@ class PlannedLayer : public torch::CustomClassHolder {
     std::size_t given(const Tensors& kept) const { return kept.size() - keeps_.size(); }
 
   private:
+    // What autograd does not save, and so is in no call that has a backward.
+    static bool is_refused(const at::Tensor& tensor) { return tensor.is_inference(); }
+
+    // Whether kernels can read a plain gradient as it is: the numbers of a row adjacent.
+    static bool is_readable(const at::Tensor& grad) {
+        return grad.stride(-1) == 1 || grad.size(-1) <= 1 || grad.numel() == 0;
+    }
+
     // Hooks, or who sets a tensor's data, may have changed what was kept.
     bool is_plain(const Tensors& kept, const Tensors& grads) const {
         const auto fits = [](const at::Tensor& tensor, const Look& look) { return look.fits(tensor); };
@@ -102,7 +118,10 @@ class PlannedLayer : public torch::CustomClassHolder {
 
     Tensors gradients(const Tensors& kept, const Tensors& grads, const std::vector<bool>& needs) {
         auto given = grads;
-        auto back = find(grads, needs);
+        for (auto& grad : given) {
+            if (grad.defined() && !is_readable(grad)) grad = grad.contiguous();
+        }
+        auto back = find(given, needs);
         if (back == nullptr) back = learn(given, needs);
         given.erase(std::remove_if(given.begin(), given.end(), [](const auto& grad) { return !grad.defined(); }),
                     given.end());
@@ -116,20 +135,19 @@ class PlannedLayer : public torch::CustomClassHolder {
     }
 
     std::shared_ptr<Back> find(const Tensors& grads, const std::vector<bool>& needs) {
-        std::lock_guard<std::mutex> lock(mutex_);
+        std::lock_guard<std::mutex> lock(notes);
         for (const auto& back : backs_) {
             if (back->is_for(grads, needs)) return back;
         }
         return nullptr;
     }
 
-    // Asks Python how such gradients are found, once for each kind. The gradients become such as kernels can read.
-    std::shared_ptr<Back> learn(Tensors& grads, const std::vector<bool>& needs) {
+    // Asks Python how such gradients are found, once for each kind.
+    std::shared_ptr<Back> learn(const Tensors& grads, const std::vector<bool>& needs) {
         auto found = std::make_shared<Back>();
         {
             py::gil_scoped_acquire gil;
             const py::tuple answer = back_(to_python(grads), needs), back = answer[1];
-            grads = from_python(answer[0]);
             found->program = back[0].cast<std::shared_ptr<Program>>();
             found->inputs = back[1].cast<Integer>();
             found->summed = back[2].cast<Numbers>();
@@ -140,11 +158,10 @@ class PlannedLayer : public torch::CustomClassHolder {
         for (const auto& grad : grads) {
             found->strides.push_back(grad.defined() ? std::optional(grad.strides().vec()) : std::nullopt);
         }
-        if (find(grads, needs) == nullptr) {
-            std::lock_guard<std::mutex> lock(mutex_);
-            if (backs_.size() >= MOST_BACKS) backs_.clear();
-            backs_.push_back(found);
-        }
+        std::vector<std::shared_ptr<Back>> old;  // let go without the lock
+        std::lock_guard<std::mutex> lock(notes);
+        if (backs_.size() >= MOST_BACKS) old.swap(backs_);
+        backs_.push_back(found);
         return found;
     }
 
@@ -169,30 +186,45 @@ class PlannedLayer : public torch::CustomClassHolder {
     Integer gives_;
     Numbers keeps_;
     Held back_, again_;
-    std::once_flag looked_;
-    std::vector<Look> looks_;
-    std::mutex mutex_;  // of backs_
+    std::vector<Look> looks_;  // of what is kept
     std::vector<std::shared_ptr<Back>> backs_;
+};
+
+// A planned layer in the form of a tensor, the only thing that autograd keeps and compiled autograd hands on: its
+// memory is the layer.
+class LayerHandle {
+  public:
+    explicit LayerHandle(std::shared_ptr<PlannedLayer> layer)
+        : layer_(layer.get()), tensor_(at::from_blob(layer.get(), {1}, [layer](void*) {}, at::kByte)) {}
+
+    PlannedLayer& layer() const { return *layer_; }
+    const at::Tensor& tensor() const { return tensor_; }
+    static PlannedLayer& layer_of(const at::Tensor& tensor) { return *static_cast<PlannedLayer*>(tensor.data_ptr()); }
+
+  private:
+    PlannedLayer* layer_;
+    at::Tensor tensor_;
 };
 
 struct PlannedLayerFunction : torch::autograd::Function<PlannedLayerFunction> {
     using Context = torch::autograd::AutogradContext;
 
-    static Tensors forward(Context* ctx, const c10::intrusive_ptr<PlannedLayer>& layer, at::TensorList tensors) {
-        auto [given, kept] = layer->forward(tensors);
-        ctx->saved_data["layer"] = c10::IValue::make_capsule(layer);
+    static Tensors forward(Context* ctx, const LayerHandle& handle, at::TensorList tensors) {
+        auto [given, kept] = handle.layer().forward(tensors);
+        ctx->saved_data["layer"] = handle.tensor();
         ctx->set_materialize_grads(false);
         ctx->save_for_backward(std::move(kept));
         return given;
     }
 
     static Tensors backward(Context* ctx, const Tensors& grads) {
-        const auto layer = c10::static_intrusive_pointer_cast<PlannedLayer>(ctx->saved_data["layer"].toCapsule());
+        const auto handle = ctx->saved_data["layer"].toTensor();
+        auto& layer = LayerHandle::layer_of(handle);
         const auto kept = ctx->get_saved_variables();
-        std::vector<bool> needs(layer->given(kept));
+        std::vector<bool> needs(layer.given(kept));
         for (std::size_t i = 0; i < needs.size(); ++i) needs[i] = ctx->needs_input_grad(i);
         Tensors found{at::Tensor()};  // of the layer itself
-        for (auto& grad : layer->backward(kept, grads, needs)) found.push_back(std::move(grad));
+        for (auto& grad : layer.backward(kept, grads, needs)) found.push_back(std::move(grad));
         return found;
     }
 };
