@@ -90,8 +90,9 @@ class BuildExtension(build_ext):
                     f"{error}; {part.variable}=0 installs the package without {part.what}"
                 ) from error
             reasons[name] = str(error)
-            if not self.inplace:
-                record(Path(self.build_lib) / PACKAGE.name, name)
+            packed = Path(self.build_lib) / PACKAGE.name  # what becomes a wheel, where BuildPackage has left its record
+            if packed.is_dir():
+                record(packed, name)
             return
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
