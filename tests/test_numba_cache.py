@@ -122,7 +122,8 @@ threading.Thread(target=work).start()
 def test_a_second_process_compiles_nothing(warm: Warm) -> None:
     files = kernel_files(warm.cache)
     assert files
-    again = python(SLOW_FROM.format(1.0) + ONE_KERNEL, warm.package, warm.cache)
+    # a slow machine may take a second to load one
+    again = python(SLOW_FROM.format(5.0) + ONE_KERNEL, warm.package, warm.cache)
     assert again.stderr == ""
     assert value(again) == value(warm.said) == TANH_OF_2
     assert kernel_files(warm.cache) == files
@@ -135,7 +136,7 @@ def test_a_second_process_compiles_nothing(warm: Warm) -> None:
         pytest.param("gates.py", "return e / (e + 2.0)", "return 0.5 * e / (e + 2.0)", marks=pytest.mark.slow),
         pytest.param("vector.py", "builder.fsub(a, b)", "builder.fadd(a, b)", marks=pytest.mark.slow),
         pytest.param(
-            "tile.py", "elements[row], weights[column]", "elements[row], elements[row]", marks=pytest.mark.slow
+            "tile.py", "vector, element, weight, sums", "vector, element, element, sums", marks=pytest.mark.slow
         ),
         pytest.param(
             "blocks.py",
