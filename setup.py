@@ -1,9 +1,10 @@
-"""Builds rnnkern. Everything declarative is in pyproject.toml; csrc/build.py compiles the extensions.
+"""Builds rnnkern. Everything declarative is in pyproject.toml; csrc/build.py and csrc/calls_build.py
+compile the extensions.
 
     pip install -e .                        _cuda where there is nvcc, _calls where there are g++ and torch
     python setup.py build_ext --inplace     the extensions again, what was touched only
 
-csrc/build.py says what RNNKERN_CUDA and other variables are. `python -m rnnkern` says what was built.
+Both say what the variables of the environment are that they hear. `python -m rnnkern` says what was built.
 """
 
 import shutil
@@ -30,7 +31,7 @@ class Part(NamedTuple):
     variable: str  # of the environment
     mode: Callable[[], str]  # what it asks for
     find: Callable[[], Any]  # what to compile with; a BuildError says why there is nothing
-    compile: Callable[[], Path]
+    compile: Callable[[Any], Path]  # with what was found
     write_record: Callable[[Path, str | None], None]
     may_fail: bool = False  # to compile, where nobody insists on it
 
@@ -81,9 +82,9 @@ class BuildExtension(build_ext):
         """Puts the compiled module where setuptools expects it."""
         name = ext.name.rpartition(".")[2]
         part = PARTS[name]
-        part.find()
+        found = part.find()
         try:
-            compiled = part.compile()
+            compiled = part.compile(found)
         except build.BuildError as error:
             if not ext.optional:
                 raise build.BuildError(

@@ -321,9 +321,8 @@ def build_kernels(folder: Path, toolkit: Toolkit) -> list[Path]:
     return [folder / f"{output}.ptxas" for output in outputs]
 
 
-def build_cuda() -> Path:
+def build_cuda(toolkit: Toolkit) -> Path:
     """Compiles the extension module _cuda, and gives the file."""
-    toolkit = find_toolkit()
     folder = cuda_folder(toolkit)
     run_ninja(folder, _cuda_build(toolkit)[1], [module_file("_cuda")])
     return folder / module_file("_cuda")

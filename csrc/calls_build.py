@@ -63,10 +63,9 @@ def write_record(package: Path, reason: str | None) -> None:
     (package / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def build_calls() -> Path:
+def build_calls(torch: Torch) -> Path:
     """Compiles the extension module and gives the file. Its pybind11 is the one among torch's headers."""
-    torch, module = find_torch(), build.module_file("_calls")
-    include = torch.folder / "include"
+    include, module = torch.folder / "include", build.module_file("_calls")
     headers = (include, include / "torch" / "csrc" / "api" / "include", build.python_headers())
     includes = [flag for path in headers for flag in ("-isystem", str(path))]
     flags = [*build.CXX_FLAGS, "-std=c++20", *includes]
