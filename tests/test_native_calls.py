@@ -18,6 +18,7 @@ from rnnkern import planned, shortcut
 from rnnkern.backends.numba_cpu import ahead, native, team
 from rnnkern.cells import TORCH_CELLS
 from tests.numba_support import FORKS, bitwise_equal, forget_plans, in_forked_child, plan_constants
+from tests.option_modules import flat
 from tests.tables import cell_class, layer_class, nonlinearity
 
 pytestmark = pytest.mark.skipif(native.calls is None, reason=f"calls run in Python: {native.obstacle()}")
@@ -27,10 +28,6 @@ every_cell = pytest.mark.parametrize("cell", TORCH_CELLS)
 DIVIDED = {"WORTH_A_THREAD": 1, "LEAST_SEQUENCES": 1, "ROWS_WORTH_A_SUM": 1}
 TOGETHER = {"WORTH_A_THREAD": 1, "WORTH_A_BARRIER": 0}
 Call = Callable[[], list[Tensor]]
-
-
-def flat(results: Any) -> list[Tensor]:
-    return [results] if isinstance(results, Tensor) else [t for part in results for t in flat(part)]
 
 
 def training(module: torch.nn.Module, *arguments: Any) -> Call:

@@ -16,14 +16,11 @@ import rnnkern
 from rnnkern import shortcut
 from rnnkern.cells import TORCH_CELLS
 from tests.numba_support import bitwise_equal, forget_plans
+from tests.option_modules import flat
 from tests.tables import Case, cases, cell_class, layer_class, nonlinearity, relative_rms
 
 pytestmark = pytest.mark.usefixtures("each_way")
 every_cell = pytest.mark.parametrize("cell", TORCH_CELLS)
-
-
-def flat(results: Any) -> list[Tensor]:
-    return [results] if isinstance(results, Tensor) else [t for part in results for t in flat(part)]
 
 
 def layer(cell: str, **options: Any) -> Any:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import rnnkern
 from rnnkern import shortcut
 from rnnkern.cells import TORCH_CELLS
+from tests.option_modules import flat
 from tests.tables import Case, assert_close, cell_class, layer_class, nonlinearity, relative_rms
 
 pytestmark = pytest.mark.usefixtures("each_way")
@@ -75,10 +76,6 @@ def test_calls_without_gradients(cell: str, form: Case) -> None:
     assert ours[0].stride() == first[0].stride()
     for name, result in theirs[1].items():
         assert relative_rms(ours[1][name], result) <= 1e-12, name
-
-
-def flat(results: Any) -> list[Tensor]:
-    return [results] if isinstance(results, Tensor) else [t for part in results for t in flat(part)]
 
 
 @pytest.mark.parametrize("training", [False, True])
