@@ -17,7 +17,7 @@ from rnnkern.backends.numba_cpu.jit import address
 from rnnkern.backends.numba_cpu.launch import Launch
 
 NAME = "rnnkern._calls"
-RECORD = Path(__file__).parents[2] / "_calls_build.json"  # written by csrc/build.py, which lists its fields
+RECORD = Path(__file__).parents[2] / "_calls_build.json"  # csrc/calls_build.py lists its fields
 
 
 @cache
