@@ -8,7 +8,7 @@ from typing import NamedTuple
 NUMBA = "backends/numba_cpu/"
 CELLS, GATES, TILE, BLOCKS = (NUMBA + name for name in ("cells.py", "gates.py", "tile.py", "blocks.py"))
 SWEEP, FORWARD, BACKWARD = (NUMBA + name for name in ("sweep.py", "forward.py", "backward.py"))
-KERNELS, VECTOR, CHOICE = (NUMBA + name for name in ("kernels.py", "vector.py", "choice.py"))
+VECTOR, CHOICE = (NUMBA + name for name in ("vector.py", "choice.py"))
 PLANS, LAUNCH, BACKEND, AHEAD = (NUMBA + name for name in ("plans.py", "launch.py", "__init__.py", "ahead.py"))
 
 

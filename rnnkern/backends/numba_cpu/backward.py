@@ -15,7 +15,8 @@ weights; Python adds those of the shares in their order, so that results do not 
 """
 
 from rnnkern.backends.numba_cpu.blocks import pack_depth
-from rnnkern.backends.numba_cpu.jit import inlined, woven
+from rnnkern.backends.numba_cpu.jit import constants, inlined, woven
+from rnnkern.backends.numba_cpu.operands import Backward, read_operands
 from rnnkern.backends.numba_cpu.sweep import (
     clear_ended,
     common,
@@ -36,10 +37,12 @@ from rnnkern.backends.numba_cpu.tile import CACHE_LINE, MAX_ROWS, MAX_VECTORS, o
 from rnnkern.backends.numba_cpu.vector import (
     VECTOR_BYTES,
     broadcast,
+    flush_denormals,
     item_bytes,
     load,
     load_part,
     prefetch,
+    restore_mode,
     store,
     store_part,
     vector_lanes,
@@ -247,9 +250,13 @@ def end_gradients(a, first, last, own, space, zero):
             copy_out_own(state_row(a.sizes, a.dc0, first + b), dc, own.hidden, hidden, zero)
 
 
-@woven
-def backward_sweep(a, first, last, share, gates, cell, zero):
-    """Sequences [first, last) back through all steps. `gates` and `cell` are constants of the kernel."""
+CELL = constants()  # what a kernel has of its own: kernels.py compiles this sweep for every cell
+
+
+def backward_sweep(address, first, last, share, zero):
+    """Sequences [first, last) back through all steps, with denormals flushed."""
+    mode, a = flush_denormals(), read_operands(address, Backward)
+    gates = CELL.gates
     sizes, space = a.sizes, a.workspace + share * a.workspace_bytes
     dh_row, fresh, own = padded_bytes(sizes.outputs, zero), True, own_units(sizes, MAX_VECTORS, zero)
     for block in range(first, last, sizes.block):
@@ -263,7 +270,7 @@ def backward_sweep(a, first, last, share, gates, cell, zero):
                 t = step_order(sizes, s)
                 rows = rows_in(sizes, t, block, end)
                 add_output_gradient(a, t, n, rows, block, own, space, zero)
-                backward_step(a, s, t, n, block, rows, own, space, cell, zero)
+                backward_step(a, s, t, n, block, rows, own, space, CELL.backward, zero)
                 wait_for_members(sizes)
                 dgh, dh = common(a, space) + a.dgh + n * a.dg_row, space + a.dh
                 product(rows, dgh, a.dg_row, a.w_hh, gates * sizes.hidden, own.outputs, s, dh, dh_row, zero)
@@ -276,3 +283,4 @@ def backward_sweep(a, first, last, share, gates, cell, zero):
             wait_for_members(sizes)
             chunk_end = chunk
         end_gradients(a, block, end, own, space, zero)
+    restore_mode(mode)

@@ -11,7 +11,8 @@ A weight is read in panels (tile.py), or in place (blocks.py) where packing it w
 """
 
 from rnnkern.backends.numba_cpu.blocks import dot_units, pack_units
-from rnnkern.backends.numba_cpu.jit import inlined, shared, woven
+from rnnkern.backends.numba_cpu.jit import constants, inlined, shared, woven
+from rnnkern.backends.numba_cpu.operands import Forward, read_operands
 from rnnkern.backends.numba_cpu.sweep import (
     ahead,
     behind,
@@ -39,9 +40,11 @@ from rnnkern.backends.numba_cpu.tile import CACHE_LINE, MAX_ROWS, MAX_VECTORS, t
 from rnnkern.backends.numba_cpu.vector import (
     VECTOR_BYTES,
     broadcast,
+    flush_denormals,
     item_bytes,
     load_int,
     load_part,
+    restore_mode,
     store,
     store_part,
     vector_lanes,
@@ -255,9 +258,13 @@ def end_states(a, first, staying, rows, own, h, space, zero):
             copy_out_own(state_row(a.sizes, a.c_n, first + b), space + a.c + b * c_row, own.hidden, hidden, zero)
 
 
-@woven
-def forward_sweep(a, first, last, share, gates, separate, cell, zero):
-    """Sequences [first, last) through all steps. `gates`, `separate` and `cell` are constants of the kernel."""
+CELL = constants()  # what a kernel has of its own: kernels.py compiles this sweep for every cell
+
+
+def forward_sweep(address, first, last, share, zero):
+    """Sequences [first, last) through all steps, with denormals flushed."""
+    mode, a = flush_denormals(), read_operands(address, Forward)
+    gates, separate = CELL.gates, CELL.separate
     sizes, space = a.sizes, a.workspace + share * a.workspace_bytes
     own, states = own_units(sizes, units_per_panel(gates), zero), common(a, space) + a.h
     gx_row, h_row = gx_bytes(gates, sizes.hidden, zero), padded_bytes(sizes.outputs, zero)
@@ -287,7 +294,7 @@ def forward_sweep(a, first, last, share, gates, separate, cell, zero):
                 h_old = states + (s % 2) * sizes.block * h_row
                 h_new = states + ((s + 1) % 2) * sizes.block * h_row
                 gx = common(a, space) + a.gx + n * gx_row
-                forward_step(a, s, t, rows, block, own, gx, h_old, h_new, space, gates, separate, cell, zero)
+                forward_step(a, s, t, rows, block, own, gx, h_old, h_new, space, gates, separate, CELL.forward, zero)
                 if a.w_hr.base != 0:
                     project(a, t, rows, block, h_new, space, zero)
                 wait_for_members(sizes)
@@ -295,3 +302,4 @@ def forward_sweep(a, first, last, share, gates, separate, cell, zero):
                 staying = rows_in(sizes, step_order(sizes, s + 1), block, end) if s + 1 < sizes.steps else 0
                 end_states(a, block, staying, rows, own, h_new, space, zero)
                 n += rows
+    restore_mode(mode)

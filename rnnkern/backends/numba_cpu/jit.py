@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import llvmlite
@@ -84,6 +85,23 @@ def kernel(function: Callable[..., Any]) -> Any:
         finally:
             numba.config.CACHE_DIR = before
     return dispatcher
+
+
+def constants(**values: Any) -> ModuleType:
+    """What is compiled into a kernel: a module, since that is where Numba takes functions from as constants."""
+    found = ModuleType("constants")
+    vars(found).update(values)
+    return found
+
+
+def kernel_for(cell: ModuleType, function: Callable[..., Any], name: str) -> Any:
+    """A kernel of that name: the function with the constants `cell` in place of its module's CELL.
+
+    As arguments of a sweep that is woven into a kernel for each cell they would cost up to a third of the time to
+    compile: Numba copies the whole text of what it weaves in, twice."""
+    own = FunctionType(function.__code__, {**function.__globals__, "CELL": cell}, name)
+    own.__qualname__ = name  # by which the cache tells kernels of one function
+    return kernel(own)
 
 
 _log = logging.getLogger("rnnkern")

@@ -1,7 +1,5 @@
-"""The compiled entry points: for each cell the packing of its weights and its two sweeps over a share of sequences.
-
-Each takes the address of its operands (operands.py) and runs with denormals flushed, the caller's mode restored.
-"""
+"""The compiled entry points: the packing of weights, and for each cell its two sweeps over a share of sequences. Each
+takes the address of its operands (operands.py)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,16 +7,10 @@ from typing import Any, NamedTuple
 from rnnkern.backends.numba_cpu import cells
 from rnnkern.backends.numba_cpu.backward import backward_sweep, pack_backward
 from rnnkern.backends.numba_cpu.forward import forward_sweep, pack_forward
-from rnnkern.backends.numba_cpu.jit import kernel
+from rnnkern.backends.numba_cpu.jit import constants, kernel, kernel_for
 from rnnkern.backends.numba_cpu.operands import Backward, Forward, read_operands
-from rnnkern.backends.numba_cpu.vector import (
-    flush_denormals,
-    item_bytes,
-    load_part,
-    restore_mode,
-    store_part,
-    vector_lanes,
-)
+from rnnkern.backends.numba_cpu.vector import item_bytes, load_part, store_part, vector_lanes
+from rnnkern.cells import CELLS, CellSpec
 
 
 @kernel
@@ -43,70 +35,21 @@ def add_shares(of_shares, into, numbers, shares, zero):
         store_part(into + u * item, total, zero, numbers - u)
 
 
-@kernel
-def lstm_forward(address, first, last, share, zero):
-    mode = flush_denormals()
-    forward_sweep(read_operands(address, Forward), first, last, share, 4, False, cells.lstm_forward, zero)
-    restore_mode(mode)
-
-
-@kernel
-def lstm_backward(address, first, last, share, zero):
-    mode = flush_denormals()
-    backward_sweep(read_operands(address, Backward), first, last, share, 4, cells.lstm_backward, zero)
-    restore_mode(mode)
-
-
-@kernel
-def gru_forward(address, first, last, share, zero):
-    mode = flush_denormals()
-    forward_sweep(read_operands(address, Forward), first, last, share, 3, True, cells.gru_forward, zero)
-    restore_mode(mode)
-
-
-@kernel
-def gru_backward(address, first, last, share, zero):
-    mode = flush_denormals()
-    backward_sweep(read_operands(address, Backward), first, last, share, 3, cells.gru_backward, zero)
-    restore_mode(mode)
-
-
-@kernel
-def rnn_tanh_forward(address, first, last, share, zero):
-    mode = flush_denormals()
-    forward_sweep(read_operands(address, Forward), first, last, share, 1, False, cells.rnn_tanh_forward, zero)
-    restore_mode(mode)
-
-
-@kernel
-def rnn_tanh_backward(address, first, last, share, zero):
-    mode = flush_denormals()
-    backward_sweep(read_operands(address, Backward), first, last, share, 1, cells.rnn_tanh_backward, zero)
-    restore_mode(mode)
-
-
-@kernel
-def rnn_relu_forward(address, first, last, share, zero):
-    mode = flush_denormals()
-    forward_sweep(read_operands(address, Forward), first, last, share, 1, False, cells.rnn_relu_forward, zero)
-    restore_mode(mode)
-
-
-@kernel
-def rnn_relu_backward(address, first, last, share, zero):
-    mode = flush_denormals()
-    backward_sweep(read_operands(address, Backward), first, last, share, 1, cells.rnn_relu_backward, zero)
-    restore_mode(mode)
-
-
 class Kernels(NamedTuple):
     forward: Callable[..., Any]
     backward: Callable[..., Any]
 
 
-KERNELS = {
-    "lstm": Kernels(lstm_forward, lstm_backward),
-    "gru": Kernels(gru_forward, gru_backward),
-    "rnn_tanh": Kernels(rnn_tanh_forward, rnn_tanh_backward),
-    "rnn_relu": Kernels(rnn_relu_forward, rnn_relu_backward),
-}
+def _kernels(spec: CellSpec) -> Kernels:
+    forward, backward = f"{spec.name}_forward", f"{spec.name}_backward"
+    cell = constants(
+        gates=len(spec.gates),
+        separate=spec.separate,
+        forward=getattr(cells, forward),
+        backward=getattr(cells, backward),
+    )
+    return Kernels(kernel_for(cell, forward_sweep, forward), kernel_for(cell, backward_sweep, backward))
+
+
+# A cell whose last product waits for a gate has no place in the plain sweeps.
+KERNELS = {name: _kernels(spec) for name, spec in CELLS.items() if not spec.resets_before}

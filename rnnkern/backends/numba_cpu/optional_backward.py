@@ -16,7 +16,7 @@ before the norm) are added row by row to where they belong; biases that have the
 
 from rnnkern.backends.numba_cpu.backward import end_gradients, outer_product, start_gradients, sum_rows
 from rnnkern.backends.numba_cpu.blocks import pack_depth
-from rnnkern.backends.numba_cpu.jit import inlined, shared, woven
+from rnnkern.backends.numba_cpu.jit import constants, inlined, shared, woven
 from rnnkern.backends.numba_cpu.lanes import of_new, of_old
 from rnnkern.backends.numba_cpu.norms import end_norm_sums, norm_sums, norms_backward, of_share, through_norm_of_c
 from rnnkern.backends.numba_cpu.operands import OptionalBackward, read_operands
@@ -50,9 +50,11 @@ from rnnkern.backends.numba_cpu.tile import MAX_VECTORS
 from rnnkern.backends.numba_cpu.vector import (
     VECTOR_BYTES,
     broadcast,
+    flush_denormals,
     item_bytes,
     load,
     load_part,
+    restore_mode,
     store,
     vector_lanes,
 )
@@ -342,13 +344,13 @@ def optional_input_gradients(address, chunk, chunk_end, first, last, rows, space
     give_inputs(address, chunk, chunk_end, first, last, space, zero)
 
 
-@woven
-def optional_backward_sweep(
-    address, first, last, share, activations, gates, separate, resets_before, forward_cell, cell, zero
-):
-    """Sequences [first, last) back through all steps; from `activations` on, how many blocks of them a step keeps, the
-    arguments are constants of the kernel."""
-    a = read_operands(address, OptionalBackward)
+CELL = constants()  # what a kernel has of its own: optional_kernels.py compiles this sweep for every cell
+
+
+def optional_backward_sweep(address, first, last, share, zero):
+    """Sequences [first, last) back through all steps, with denormals flushed."""
+    mode, a = flush_denormals(), read_operands(address, OptionalBackward)
+    activations, gates, separate, resets_before = CELL.activations, CELL.gates, CELL.separate, CELL.resets_before
     sizes, space, fresh = a.sizes, a.workspace + share * a.workspace_bytes, True
     if a.recompute != 0:
         start_recurrence(a.step, a.beside, space, gates, separate, sizes.hidden, zero)
@@ -371,15 +373,16 @@ def optional_backward_sweep(
                     resets_before, sizes, zero,
                 )  # fmt: skip
                 recompute_rows(
-                    address, chunk, chunk_end, block, end, space, activations, gates, separate, forward_cell, zero
+                    address, chunk, chunk_end, block, end, space, activations, gates, separate, CELL.forward, zero
                 )
             n = 0
             for s in range(chunk_end - 1, chunk - 1, -1):
                 t = step_order(sizes, s)
                 rows = rows_in(sizes, t, block, end)
                 backward_step(
-                    address, a, t, n, block, rows, share, space, activations, gates, separate, resets_before, cell, zero
-                )
+                    address, a, t, n, block, rows, share, space, activations, gates, separate, resets_before,
+                    CELL.backward, zero,
+                )  # fmt: skip
                 n += rows
             if n > 0:
                 optional_weight_gradients(address, n, share, fresh, space, gates, resets_before, zero)
@@ -390,3 +393,4 @@ def optional_backward_sweep(
         end_gradients(a, block, end, own_units(sizes, MAX_VECTORS, zero), space, zero)
     if a.beside.ln_ih_weight != 0:
         end_norm_sums(a, share, gates, separate, zero)
+    restore_mode(mode)

@@ -10,7 +10,7 @@ Its parts are compiled apart from the sweep, once for all cells, and are given t
 
 from rnnkern.backends.numba_cpu.blocks import pack_units
 from rnnkern.backends.numba_cpu.forward import end_states, project, start_states
-from rnnkern.backends.numba_cpu.jit import inlined, shared, woven
+from rnnkern.backends.numba_cpu.jit import constants, inlined, shared, woven
 from rnnkern.backends.numba_cpu.lanes import load_byte, mix
 from rnnkern.backends.numba_cpu.operands import OptionalForward, read_operands
 from rnnkern.backends.numba_cpu.recurrence import (
@@ -38,7 +38,16 @@ from rnnkern.backends.numba_cpu.sweep import (
     step_order,
 )
 from rnnkern.backends.numba_cpu.tile import MAX_VECTORS
-from rnnkern.backends.numba_cpu.vector import item_bytes, load, load_part, store, store_part, vector_lanes
+from rnnkern.backends.numba_cpu.vector import (
+    flush_denormals,
+    item_bytes,
+    load,
+    load_part,
+    restore_mode,
+    store,
+    store_part,
+    vector_lanes,
+)
 
 
 @woven
@@ -148,11 +157,13 @@ def forward_rows(address, t, n, rows, first, h_old, h_new, space, activations, g
         row_forward(a.step, beside, row, activations, space, gates, separate, cell, hidden, zero)
 
 
-@woven
-def optional_forward_sweep(address, first, last, share, activations, gates, separate, resets_before, cell, zero):
-    """Sequences [first, last) through all steps; from `activations` on, how many blocks of them a step keeps, the
-    arguments are constants of the kernel."""
-    a = read_operands(address, OptionalForward)
+CELL = constants()  # what a kernel has of its own: optional_kernels.py compiles this sweep for every cell
+
+
+def optional_forward_sweep(address, first, last, share, zero):
+    """Sequences [first, last) through all steps, with denormals flushed."""
+    mode, a = flush_denormals(), read_operands(address, OptionalForward)
+    activations, gates, separate, resets_before = CELL.activations, CELL.gates, CELL.separate, CELL.resets_before
     sizes, space = a.sizes, a.workspace + share * a.workspace_bytes
     own = own_units(sizes, MAX_VECTORS, zero)
     x_row, h_row = padded_bytes(sizes.inputs, zero), padded_bytes(sizes.outputs, zero)
@@ -182,7 +193,9 @@ def optional_forward_sweep(address, first, last, share, activations, gates, sepa
                 recurrent_products(
                     a.step, a.beside, rows, u, gx, gh, space, gates, separate, resets_before, sizes, zero
                 )
-                forward_rows(address, t, n, rows, block, h_old, h_new, space, activations, gates, separate, cell, zero)
+                forward_rows(
+                    address, t, n, rows, block, h_old, h_new, space, activations, gates, separate, CELL.forward, zero
+                )
                 if a.w_hr.base != 0:
                     project(a, t, rows, block, h_new, space, zero)
                 leave_step(address, t, rows, block, h_old, h_new, zero)
@@ -192,3 +205,4 @@ def optional_forward_sweep(address, first, last, share, activations, gates, sepa
                 staying = rows_in(sizes, step_order(sizes, s + 1), block, end) if s + 1 < sizes.steps else 0
                 end_states(a, block, staying, rows, own, h_new, space, zero)
                 n += rows
+    restore_mode(mode)

@@ -41,8 +41,9 @@ MAX_VECTORS = 4  # in a panel; more would leave too few rows in the registers
 # The most rows of a tile, by the vectors of its panel.
 MAX_ROWS = (0, 8, 8, 8, 6) if REGISTERS == 32 else (0, 8, 6, 4, 3)
 CACHE_LINE = 64
-# Of a tile with fewer multiply-adds for each k, loads are what takes its time, and another one would cost some.
-LEAST_WITH_FETCH = 16
+# Of a tile with fewer multiply-adds for each k, loads are what takes its time, and another one would cost some. The
+# largest tiles of 16 registers have 12.
+LEAST_WITH_FETCH = 16 if REGISTERS == 32 else 12
 
 
 def fetches_ahead(rows, vectors):
