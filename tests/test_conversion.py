@@ -179,7 +179,7 @@ def test_command_line_lists_the_backends_and_warms() -> None:
     assert "rnn_relu float64 with options: ready in" in said
     (folder,) = re.findall("kept in (.*)", said)
     kept = {path.name.split("-")[0] for path in Path(folder).rglob("*.nbi")}
-    kernels = {"kernels.rnn_relu_backward", "optional_kernels.rnn_relu_optional_backward", "kernels.add_shares"}
+    kernels = {"backward.rnn_relu_backward", "optional_backward.rnn_relu_optional_backward", "kernels.add_shares"}
     assert kept >= kernels | {"team.take_shares", "choice.bools_of_words", "choice.factors_of_words"}
 
 
