@@ -66,8 +66,18 @@ def seeded(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return call(*args, **kwargs)
 
 
-@every_backend
-@pytest.mark.parametrize(("name", "training"), [*((n, True) for n in CASES), *((n, False) for n in EVERYTHING)])
+# one backend for every case, another for all at once: what is traced is the same
+COMPILED = [
+    pytest.param(
+        name, training, backend,
+        marks=() if backend == "numba" or (backend == "host" and name in EVERYTHING) else pytest.mark.slow,
+    )
+    for name, training in [*((n, True) for n in CASES), *((n, False) for n in EVERYTHING)]
+    for backend in OPTION_BACKENDS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "training", "backend"), COMPILED)
 def test_compile_without_a_graph_break(name: str, training: bool, backend: str) -> None:
     module, given = sample(name, backend)
     module.train(training)
