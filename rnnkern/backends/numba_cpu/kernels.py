@@ -2,6 +2,7 @@
 takes the address of its operands (operands.py)."""
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from rnnkern.backends.numba_cpu import cells
@@ -40,16 +41,23 @@ class Kernels(NamedTuple):
     backward: Callable[..., Any]
 
 
-def _kernels(spec: CellSpec) -> Kernels:
-    forward, backward = f"{spec.name}_forward", f"{spec.name}_backward"
+def kernels_of(spec: CellSpec, cells: ModuleType, kind: str, sweeps: tuple[Callable[..., Any], ...]) -> Kernels:
+    """Forward and backward sweep of a cell, whose functions in the module `cells` have the kernels' names."""
+    forward, backward = f"{spec.name}{kind}_forward", f"{spec.name}{kind}_backward"
     cell = constants(
+        activations=len(spec.saved),  # blocks of them that a step keeps
         gates=len(spec.gates),
         separate=spec.separate,
+        resets_before=spec.resets_before,
         forward=getattr(cells, forward),
         backward=getattr(cells, backward),
     )
-    return Kernels(kernel_for(cell, forward_sweep, forward), kernel_for(cell, backward_sweep, backward))
+    return Kernels(kernel_for(cell, sweeps[0], forward), kernel_for(cell, sweeps[1], backward))
 
 
 # A cell whose last product waits for a gate has no place in the plain sweeps.
-KERNELS = {name: _kernels(spec) for name, spec in CELLS.items() if not spec.resets_before}
+KERNELS = {
+    name: kernels_of(spec, cells, "", (forward_sweep, backward_sweep))
+    for name, spec in CELLS.items()
+    if not spec.resets_before
+}
