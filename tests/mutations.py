@@ -26,6 +26,12 @@ def mutations(file: str, check: str, cell: str, changes: dict[str, tuple[str, st
     return [Mutation(name, file, *change, check, cell) for name, change in changes.items()]
 
 
+def changed(source: str, file: str, old: str, new: str) -> str:
+    """The text of a file with a change that fits one place in it."""
+    assert source.count(old) == 1, f"{file}: {old!r} is found {source.count(old)} times, not once"
+    return source.replace(old, new)
+
+
 # One of each kind. These change what is compiled, and cost a compilation each.
 COMPILED = [
     *mutations(

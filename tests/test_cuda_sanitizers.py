@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.host import BUILD, ROOT, builder
+from tests.mutations import changed
 
 LIBRARIES = {"address": "libasan.so", "thread": "libtsan.so"}
 REPORTS = {"address": "AddressSanitizer|runtime error", "thread": "ThreadSanitizer: (data race|SEGV)"}
@@ -144,9 +145,8 @@ def build(workshop: Path, sanitizer: str | None, defect: Defect | None) -> Path:
     source = workshop / "csrc"
     copied = copytree(ROOT / "csrc", workshop / "new", dirs_exist_ok=True)
     if defect is not None:
-        text = (copied / defect.file).read_text()
-        assert text.count(defect.old) == 1, f"{defect.file} has {text.count(defect.old)} of {defect.old!r}"
-        (copied / defect.file).write_text(text.replace(defect.old, defect.new))
+        file = copied / defect.file
+        file.write_text(changed(file.read_text(), defect.file, defect.old, defect.new))
     for path in copied.rglob("*"):
         place = source / path.relative_to(copied)
         if path.is_file() and not (place.is_file() and place.read_bytes() == path.read_bytes()):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import rnnkern
-from tests.mutations import COMPILED, PYTHON, Mutation
+from tests.mutations import COMPILED, PYTHON, Mutation, changed
 from tests.mutations_cells import OF_CELLS
 from tests.mutations_optional import OF_OPTIONAL
 from tests.mutations_options import OF_OPTIONS
@@ -74,11 +74,7 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Check]:
 
 def mutated(mutation: Mutation) -> str:
     """The text of the file with the mutation in it."""
-    source = (PACKAGE / mutation.file).read_text()
-    assert source.count(mutation.old) == 1, (
-        f"{mutation.file}: {mutation.old!r} is found {source.count(mutation.old)} times, not once"
-    )
-    return source.replace(mutation.old, mutation.new)
+    return changed((PACKAGE / mutation.file).read_text(), mutation.file, mutation.old, mutation.new)
 
 
 def named(mutations: list[Mutation], *marks: pytest.MarkDecorator) -> list[object]:

@@ -12,6 +12,7 @@ import pytest
 import rnnkern
 from rnnkern.backends.numba_cpu import jit
 from rnnkern.backends.numba_cpu.vector import host_features
+from tests.mutations import changed
 
 ROOT = Path(rnnkern.__file__).parents[1]
 # Compiles one kernel, the cheapest, and prints a number that its cell determines, of weights in place and of packed.
@@ -134,12 +135,6 @@ class Edit(NamedTuple):
     old: str
     new: str
 
-    def made(self, source: str) -> str:
-        assert source.count(self.old) == 1, (
-            f"{self.file}: {self.old!r} is found {source.count(self.old)} times, not once"
-        )
-        return source.replace(self.old, self.new)
-
 
 # Each changes the number.
 EDITS = [
@@ -159,7 +154,7 @@ def test_an_edit_is_never_answered_from_the_old_cache(edit: Edit, warm: Warm) ->
     path = warm.package / "rnnkern" / "backends" / "numba_cpu" / edit.file
     source, stamp = path.read_text(), path.stat()
     try:
-        path.write_text(edit.made(source))
+        path.write_text(changed(source, *edit))
         os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # an edit must tell by what it says, not by its date
         assert value(python(ONE_KERNEL, warm.package, warm.cache)) != value(warm.said)
     finally:
@@ -170,7 +165,7 @@ def test_an_edit_is_never_answered_from_the_old_cache(edit: Edit, warm: Warm) ->
 @pytest.mark.parametrize("edit", EDITS)
 def test_the_edits_fit_the_source(edit: Edit) -> None:
     """Those that do not always run are at least always possible."""
-    edit.made((Path(jit.__file__).parent / edit.file).read_text())
+    changed((Path(jit.__file__).parent / edit.file).read_text(), *edit)
 
 
 def test_every_file_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
