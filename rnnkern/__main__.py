@@ -23,7 +23,7 @@ def list_backends() -> None:
         print(f"  {name:<10} {f'{entry.version()}, {devices}' if reason is None else f'absent: {reason}'}", end="")
         print(f" (the default on {default})" if default and reason is None else "")
     if BACKENDS["numba"].obstacle() is None:
-        from rnnkern.backends.numba_cpu import native
+        from rnnkern import native
 
         reason = native.obstacle()
         print(f"  calls of numba run in {'C++' if reason is None else f'Python, which takes longer: {reason}'}")

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnkern import compat, masks, views
+from rnnkern import compat, masks, native, views
 from rnnkern.autograd import LayerGradient, refuse_batched
 from rnnkern.backends import Cotangents, Extras, Given, LayerPlan, select
 from rnnkern.cells import Weights, split_directions
 from rnnkern.layer import Operands, Settings
 from rnnkern.options import PLAIN
-from rnnkern.shortcut import Form, Plan
+from rnnkern.shortcut import Direct, Form, Plan
 from rnnkern.views import States
 
 
@@ -37,6 +37,7 @@ class LayeredCall:
         self.layers: list[Callable[..., tuple[Tensor, ...]]] = []  # plans, with gradients where there are any
         self.wanted: list[list[masks.Wanted | None]] = []  # of each layer
         self.choose = choose
+        self.direct: Direct | None = None
 
     @classmethod
     def make(
@@ -63,6 +64,8 @@ class LayeredCall:
                 call.plans.append(plan)
                 call.layers.append(with_gradients(plan) if graded else partial(_without_gradients, plan))
                 flow = x.new_empty(plan.y_shape)
+        if form.plain and form.layers == 1 and native.calls is not None:
+            call.direct = Direct(call.layers[0], 0, 0 if form.step else 1, form.spec.states)
         return call
 
     def __call__(

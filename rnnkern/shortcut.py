@@ -2,9 +2,9 @@
 
 What a call is checked for, and how a backend lays it out, depends on its arguments' shapes, strides, dtypes and the
 like, never on their numbers or addresses. So when the same description comes by again, a plan that the backend made
-for it runs the call: 11 to 15 us of Python instead of 130. Nothing of the weights is kept, and masks are drawn anew at
-each call. Whatever is not plain memory in undisturbed eager mode (tracers, subclasses, autocast, torch.func ...) goes
-the ordinary way, and so do first calls.
+for it runs the call. Nothing of the weights is kept, and masks are drawn anew at each call. Whatever is not plain
+memory in undisturbed eager mode (tracers, subclasses, autocast, torch.func ...) goes the ordinary way, and so do first
+calls.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -87,8 +87,19 @@ class Form(NamedTuple):
 _PLAIN_FORM = (PLAIN, False, 0.0, 0, False)
 
 
+class Direct(NamedTuple):
+    """How the extension runs a plan: what makes tensors of those of a call, and which of them are results."""
+
+    makes: Any  # a Program or a PlannedLayer of the extension
+    output: int
+    first_state: int
+    states: int  # so many, one behind the other
+
+
 class Plan(Protocol):
     """What is made of a form and of tensors that look like those of calls to come."""
+
+    direct: Direct | None  # None: it runs in Python
 
     def __call__(
         self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], resets: Sequence[Tensor] = ()
@@ -97,12 +108,67 @@ class Plan(Protocol):
         `resets` are `reset` and the states of `reset_to`."""
 
 
+class KnownCalls:
+    """Calls of a form whose plan has been looked up before: one look at their tensors finds it again. The extension has
+    a class of this name that does the same in a tenth of the time."""
+
+    def __init__(self) -> None:
+        self._plans: dict[Hashable, list[tuple[Callable[..., bool], Plan]]] = {}  # by kind, with what tells tensors
+
+    def __len__(self) -> int:
+        return sum(map(len, self._plans.values()))
+
+    def __call__(self, x: Any, states: Any, weights: Sequence[Tensor], resets: Sequence[Any]) -> tuple[Any, ...] | None:
+        """The results; None of calls that are not known, or must go the ordinary way."""
+        if not _can_be_planned(states):
+            return None
+        tensors = _in_one_list(x, states, weights, resets)
+        for looks_like, plan in self._plans.get(_kind(states, tensors), ()):
+            if looks_like(*tensors):
+                return plan(x, states or (), weights, resets)
+        return None
+
+    def add(
+        self,
+        plan: Plan,
+        direct: Direct | None,
+        x: Tensor,
+        states: States | None,
+        weights: Sequence[Tensor],
+        resets: Sequence[Tensor],
+    ) -> None:
+        """Knows calls like this one from now on; `direct` is for the extension."""
+        tensors = _in_one_list(x, states, weights, resets)
+        if compat.can_guard(tensors):
+            self._plans.setdefault(_kind(states, tensors), []).append((compat.guard(tensors), plan))
+
+
+def _in_one_list(
+    x: Any, states: Sequence[Any] | None, weights: Sequence[Any], resets: Sequence[Any]
+) -> tuple[Any, ...]:
+    return (x, *weights, *resets) if states is None else (x, *states, *weights, *resets)
+
+
+def _kind(states: Sequence[Any] | None, tensors: Sequence[Any]) -> Hashable:
+    """What a plan depends on beside its form and what the tensors look like."""
+    given = -1 if states is None else len(states)
+    return given, len(tensors), torch.is_grad_enabled(), torch.get_num_threads()
+
+
+def _can_be_planned(states: object) -> bool:
+    """Whether the call need not go the ordinary way whatever its tensors are."""
+    if not compat.is_undisturbed() or not (states is None or type(states) is tuple):
+        return False
+    # The two ways save different tensors, and checkpoint wants to see the same ones at its second run, which may come
+    # when there is a plan that there was not at the first.
+    return not (torch.is_grad_enabled() and compat.hooks_saved_tensors())
+
+
 # What has come by so far. By description: None for once, False where there is no plan to be had.
 _plans: dict[Hashable, Plan | Literal[False] | None] = {}
-MOST_KNOWN = 1024
-# The first plans of each kind of call, with what tells its tensors: quicker than to describe them.
-_guarded: dict[Hashable, list[tuple[Callable[..., bool], Plan]]] = {}
-MOST_GUARDED = 8
+MOST_PLANS = 1024
+_known: dict[Hashable, KnownCalls] = {}  # by form
+MOST_KNOWN = 16  # of a form: to try more would take longer than to describe a call
 
 
 def through(
@@ -113,44 +179,45 @@ def through(
     ordinary: Callable[[], tuple[Any, ...]],
     resets: tuple[Any, ...] = (),
 ) -> tuple[Any, ...]:
-    """The results of a call: by its plan once there is one, and until then the `ordinary` way."""
-    plan, description = find(form, x, states, weights, resets)
-    if plan is not None:
+    """The results of a call: by its plan once there is one, and until then the `ordinary` way. `form` has the fields of
+    a Form. Nothing has been checked yet, except that no compiler is at work."""
+    known = _known.get(form)
+    results = None if known is None else known(x, states, weights, resets)
+    if results is not None:
+        return results
+    description = _describe(form, x, states, weights, resets) if _can_be_planned(states) else None
+    plan = None if description is None else _plans.get(description)
+    if plan:
+        _know(plan, form, x, states, weights, resets)
         return plan(x, states or (), weights, resets)
     results = ordinary()
     learn(description, form, x, states, weights, resets)
     return results
 
 
-def find(
-    form: tuple[Any, ...], x: object, states: object, weights: Sequence[Tensor], resets: tuple[Any, ...] = ()
-) -> tuple[Plan | None, Hashable]:
-    """The plan of a call, once there is one, or a description for `learn`; neither where the call must go the ordinary
-    way. Nothing has been checked yet, except that no compiler is at work. `form` has the fields of a Form."""
-    if not compat.is_undisturbed() or not (states is None or type(states) is tuple):
-        return None, None
-    tensors: tuple[Any, ...] = (x, *weights, *resets) if states is None else (x, *states, *weights, *resets)
-    graded = torch.is_grad_enabled()
-    # The two ways save different tensors, and checkpoint wants to see the same ones at its second run, which may come
-    # when there is a plan that there was not at the first.
-    if graded and compat.hooks_saved_tensors():
-        return None, None
-    given = -1 if states is None else len(states)
-    kind = (form, given, len(tensors), graded, torch.get_num_threads())
-    guarded = _guarded.get(kind, ())
-    for looks_like, plan in guarded:
-        if looks_like(*tensors):
-            return plan, None
-    description = _describe(kind, tensors, graded)
-    found = None if description is None else _plans.get(description) or None
-    if found is not None and len(guarded) < MOST_GUARDED and compat.can_guard(tensors):
-        _guarded.setdefault(kind, []).append((compat.guard(tensors), found))
-    return found, description
+def _know(
+    plan: Plan,
+    form: Hashable,
+    x: Tensor,
+    states: States | None,
+    weights: Sequence[Tensor],
+    resets: Sequence[Tensor],
+) -> None:
+    """Has the plan found by one look from the next call on."""
+    from rnnkern import native  # here, since it loads the extension, which is for plans alone
+
+    if form not in _known:
+        _known[form] = KnownCalls() if native.calls is None else native.calls.KnownCalls()
+    if len(_known[form]) < MOST_KNOWN:
+        _known[form].add(plan, plan.direct, x, states, weights, resets)
 
 
-def _describe(kind: Hashable, tensors: Sequence[Any], graded: bool) -> Hashable:
+def _describe(
+    form: Hashable, x: Any, states: Sequence[Any] | None, weights: Sequence[Any], resets: Sequence[Any]
+) -> Hashable:
     """All that a plan depends on; None where there is none for such tensors."""
-    description: list[Hashable] = [kind]
+    tensors, graded = _in_one_list(x, states, weights, resets), torch.is_grad_enabled()
+    description: list[Hashable] = [form, _kind(states, tensors)]
     try:
         for t in tensors:
             if type(t) not in compat.PLAIN_TYPES or not t.is_cpu:
@@ -173,7 +240,7 @@ def learn(
     one."""
     if description is None:
         return
-    if len(_plans) >= MOST_KNOWN:
+    if len(_plans) >= MOST_PLANS:
         forget()
     if _plans.get(description, False) is None:
         from rnnkern.planned import make_plan  # here, since it needs what this module gives
@@ -186,4 +253,4 @@ def learn(
 def forget() -> None:
     """Every call is new again."""
     _plans.clear()
-    _guarded.clear()
+    _known.clear()

@@ -12,8 +12,8 @@ import torch
 from hypothesis import settings
 
 from csrc import build
+from rnnkern import native
 from rnnkern.backends import obstacle
-from rnnkern.backends.numba_cpu import native
 from tests.build_support import build_tree, executable
 from tests.numba_support import count_shares, forget_plans, plan_constants
 

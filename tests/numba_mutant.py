@@ -171,7 +171,7 @@ def members(cell: str) -> float:
 def repeated(cell: str) -> float:
     """Calls of modules again and again, which go by a plan, in Python, on one thread and on several, against the
     reference."""
-    from rnnkern.backends.numba_cpu import native
+    from rnnkern import native
     from tests.numba_support import plan_constants
 
     worst, native.calls = 0.0, None

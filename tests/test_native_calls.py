@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import rnnkern
-from rnnkern import planned, shortcut
-from rnnkern.backends.numba_cpu import ahead, native, team
+from rnnkern import native, planned, shortcut
+from rnnkern.backends.numba_cpu import ahead, team
 from rnnkern.cells import TORCH_CELLS
 from tests.numba_support import FORKS, bitwise_equal, forget_plans, in_forked_child, plan_constants
 from tests.option_modules import flat

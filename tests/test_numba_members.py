@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import rnnkern
+from rnnkern import native
 from rnnkern.backends import Layer
-from rnnkern.backends.numba_cpu import native, plans, team
+from rnnkern.backends.numba_cpu import plans, team
 from rnnkern.backends.numba_cpu.vector import VECTOR_BYTES
 from rnnkern.cells import TORCH_CELLS
 from tests.numba_support import (
@@ -123,7 +124,8 @@ def test_a_team_that_is_not_complete() -> None:
     """One thread does all, and none waits for those that never came."""
     script = f"""
 import torch, rnnkern
-from rnnkern.backends.numba_cpu import native, plans, team
+from rnnkern import native
+from rnnkern.backends.numba_cpu import plans, team
 native.calls = native.calls if {native.calls is not None} else None
 plans.WORTH_A_THREAD = plans.WORTH_A_BARRIER = 1
 layer, x = rnnkern.GRU(4, 80), torch.randn(9, 1, 4)

@@ -1,6 +1,6 @@
-// The module rnnkern._calls: planned calls of the CPU backend in C++ (rnnkern/backends/numba_cpu/native.py).
+// The module rnnkern._calls: planned calls of the CPU backend in C++ (rnnkern/native.py).
 
-#include "planned_layer.h"
+#include "known_calls.h"
 
 namespace rnnkern {
 namespace {
@@ -44,6 +44,11 @@ PYBIND11_MODULE(_calls, module) {
                       Numbers, Integer>())
         .def("__call__", &run);
     py::class_<LayerHandle>(module, "PlannedLayer").def(py::init(&make_layer)).def("__call__", &call);
+    py::class_<KnownCalls>(module, "KnownCalls")
+        .def(py::init<>())
+        .def("__call__", &KnownCalls::operator())
+        .def("__len__", &KnownCalls::size)
+        .def("add", &KnownCalls::add);
 }
 
 }  // namespace

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rnnkern import native
 from rnnkern.backends import Cotangents, Extras, Given, Layer, Saved, States, compute_dtype, is_readable, readable
-from rnnkern.backends.numba_cpu import native
 from rnnkern.backends.numba_cpu.optional_plans import EXTRAS, named_shares
 from rnnkern.backends.numba_cpu.plans import SCALARS, WEIGHTS, Address, Plan
 from rnnkern.backends.numba_cpu.program import Contents, program
 from rnnkern.backends.numba_cpu.ways import adds_rows, total, way_of
 from rnnkern.backends.pages import LEAST_BYTES
 from rnnkern.cells import Weights, split_directions
-from rnnkern.shortcut import Form
+from rnnkern.shortcut import Direct, Form
 
 # A gradient that is a view has the strides of the whole: there may be any number of these.
 MOST_BACKWARDS = 16
@@ -120,6 +120,7 @@ class InferencePlan(_Ahead):
         self.program = program(launches, contents, x)
         self.states = form.spec.states
         self.output = 0 if form.step else self.states
+        self.direct = None if native.calls is None else Direct(self.program, self.output, 0, self.states)
         del self.sweeps
 
     def __call__(

@@ -5,12 +5,14 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.core.extending import intrinsic
 
+from rnnkern import native
 from rnnkern.backends.numba_cpu import team
-from rnnkern.backends.numba_cpu.jit import kernel, ready
+from rnnkern.backends.numba_cpu.jit import address, kernel, ready
 from rnnkern.backends.numba_cpu.vector import load_int
 
 # The number of the array itself among the tensors of a call.
@@ -101,3 +103,13 @@ class Launch:
             else:
                 for start, first, last, part in shares:
                     run(place + start, first, last, part, self.zero)
+
+    def native(self) -> Any:
+        """The same in C++."""
+        wide = isinstance(self.zero, np.float64)
+        fields = np.array(self.fields).reshape(-1, 3).tolist()
+        regions = []
+        for run, shares, work, at in self.regions:
+            taking = 0 if work is None else work.taking
+            regions.append((address(run, 4, self.zero), wide, shares, taking, at))
+        return native.calls.Launch(self.template.tolist(), fields, regions, team.ENTRY)

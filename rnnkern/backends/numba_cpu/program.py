@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rnnkern.backends.numba_cpu import native
+from rnnkern import native
 from rnnkern.backends.numba_cpu.launch import Launch
 from rnnkern.backends.pages import in_huge_pages
 
@@ -77,4 +77,4 @@ def program(launches: Sequence[Launch], contents: Contents, x: Tensor) -> Any:
     """A Program for tensors like x, in C++ where it can be had."""
     if native.calls is None:
         return Program(launches, contents, x)
-    return native.calls.Program([native.launch(launch) for launch in launches], *contents)
+    return native.calls.Program([launch.native() for launch in launches], *contents)

@@ -1,5 +1,6 @@
-"""The compiled extension `rnnkern._calls` (csrc/calls): planned calls without Python between torch and the sweeps.
-Where it was not built, program.py and rnnkern/planned.py do the same in Python, and a small call takes longer."""
+"""The compiled extension `rnnkern._calls` (csrc/calls): repeated calls without Python between torch and the sweeps.
+Where it was not built, shortcut.py, planned.py and the CPU backend's program.py do the same in Python, and a small call
+takes longer."""
 
 import json
 import warnings
@@ -9,15 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from rnnkern.backends.numba_cpu import team
-from rnnkern.backends.numba_cpu.jit import address
-from rnnkern.backends.numba_cpu.launch import Launch
-
 NAME = "rnnkern._calls"
-RECORD = Path(__file__).parents[2] / "_calls_build.json"  # csrc/calls_build.py lists its fields
+RECORD = Path(__file__).parent / "_calls_build.json"  # csrc/calls_build.py lists its fields
 
 
 @cache
@@ -47,14 +43,3 @@ def _load() -> Any:
 
 
 calls = _load()
-
-
-def launch(made: Launch) -> Any:
-    """The same launch in C++."""
-    wide = isinstance(made.zero, np.float64)
-    fields = np.array(made.fields).reshape(-1, 3).tolist()
-    regions = [
-        (address(kernel, 4, made.zero), wide, shares, 0 if work is None else work.taking, at)
-        for kernel, shares, work, at in made.regions
-    ]
-    return calls.Launch(made.template.tolist(), fields, regions, team.ENTRY)
