@@ -107,8 +107,24 @@ OF_SWEEPS = [
                 "dx = dx_step + (first + b) * a.dx.row",
             ),
             "weight gradients: lanes past the last unit written": (
-                "store_part(to, value, zero, count)",
-                "store(to, value)",
+                "store_part(into, value, zero, count)",
+                "store(into, value)",
+            ),
+            "weight gradients: a panel with an edge taken for whole": (
+                "whole = tall == most and (v + width) * lanes <= b_units",
+                "whole = tall == most",
+            ),
+            "weight gradients: too few gates taken for a whole tile": (
+                "whole = tall == most and (v + width) * lanes <= b_units",
+                "whole = (v + width) * lanes <= b_units",
+            ),
+            "weight gradients: whole tiles of a chunk in place of those before": (
+                "if whole and not fresh else (zeros, 0)",
+                "if whole and fresh else (zeros, 0)",
+            ),
+            "bias gradients: the third vector twice": (
+                "load(row + 3 * VECTOR_BYTES, zero)",
+                "load(row + 2 * VECTOR_BYTES, zero)",
             ),
         },
     ),

@@ -23,8 +23,8 @@ def _tile(rows, vectors, a, a_row, panel, panel_row, depth, ahead, c0, c0_row, c
 
 
 @numba.njit
-def _outer_tile(vectors, a, a_k, panel, panel_row, depth, c0, c, c_row, zero):  # type: ignore[no-untyped-def]
-    outer_tile(vectors, a, a_k, panel, panel_row, depth, c0, c, c_row, zero)
+def _outer_tile(vectors, a, a_k, panel, panel_row, depth, c0, c0_row, c, c_row, zero):  # type: ignore[no-untyped-def]
+    outer_tile(vectors, a, a_k, panel, panel_row, depth, c0, c0_row, c, c_row, zero)
 
 
 def lanes_of(dtype: Any) -> int:
@@ -44,11 +44,11 @@ def run_tile(a: Array, panel: Array, c0: Array, c: Array) -> None:
 
 
 def run_outer_tile(a: Array, panel: Array, c0: Array, c: Array) -> None:
-    """C (MAX_ROWS, vectors*lanes) = C0 + A^T @ panel for A (depth, MAX_ROWS) and one row C0."""
+    """C (MAX_ROWS, vectors*lanes) = A^T @ panel + C0 for A (depth, MAX_ROWS); a C0 (vectors*lanes) is repeated."""
     vectors = panel.shape[1] // lanes_of(a.dtype)
     _outer_tile(
         vectors, a.ctypes.data, a.strides[0], panel.ctypes.data, panel.strides[0], len(a), c0.ctypes.data,
-        c.ctypes.data, c.strides[0], a.dtype.type(0),
+        c0.strides[0] if c0.ndim == 2 else 0, c.ctypes.data, c.strides[0], a.dtype.type(0),
     )  # fmt: skip
 
 
@@ -118,6 +118,20 @@ def test_outer_products_of_every_width(depth: int, dtype: Any) -> None:
         np.testing.assert_allclose(c, want, atol=(depth + 1) * np.finfo(dtype).eps, err_msg=f"{vectors} vectors")
         c[:] = GUARD
         assert (around == GUARD).all(), f"{vectors} vectors write past C"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_outer_product_on_top_of_others(dtype: Any) -> None:
+    """C0 is C itself, rows of a wider matrix, and is added to the sum when that is complete."""
+    rng = np.random.default_rng(2)
+    for vectors in range(1, MAX_VECTORS + 1):
+        width, rows = vectors * lanes_of(dtype), MAX_ROWS[vectors]
+        a, panel, zeros = draw(rng, dtype, 9, rows), draw(rng, dtype, 9, width), np.zeros(width, dtype)
+        alone, others = np.empty((rows, width), dtype), draw(rng, dtype, rows, width + 3)
+        run_outer_tile(a, panel, zeros, alone)
+        want = others[:, 1:-2] + alone
+        run_outer_tile(a, panel, others[:, 1:-2], others[:, 1:-2])
+        np.testing.assert_array_equal(others[:, 1:-2], want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

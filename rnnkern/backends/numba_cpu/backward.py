@@ -18,6 +18,7 @@ from rnnkern.backends.numba_cpu.blocks import pack_depth
 from rnnkern.backends.numba_cpu.jit import constants, inlined, woven
 from rnnkern.backends.numba_cpu.operands import Backward, read_operands
 from rnnkern.backends.numba_cpu.sweep import (
+    apart_bytes,
     clear_ended,
     common,
     copy_in,
@@ -67,42 +68,62 @@ def pack_backward(a, gates, part, parts, zero):
 @woven
 def outer_product(rows, a, a_row, a_units, b, b_row, b_units, into, fresh, tile, zero):
     """into (a_units, b_units) = the sum over rows of a^T b, or on top of what is there unless `fresh`. Zeros lie one
-    vector row before `tile`. The units of a are taken in parts that stay in the second cache while they meet all of
-    b."""
+    vector row before `tile`, by way of which the edges go. The units of a are taken in parts that stay in the second
+    cache while they meet all of b."""
     lanes, item = vector_lanes(zero), item_bytes(zero)
-    vectors = (b_units + lanes - 1) // lanes
+    vectors, into_row = (b_units + lanes - 1) // lanes, b_units * item
+    zeros = tile - MAX_VECTORS * VECTOR_BYTES
     for begin in range(0, a_units, UNITS_PART):
         end = min(begin + UNITS_PART, a_units)
         for v in range(0, vectors, MAX_VECTORS):
             width = min(MAX_VECTORS, vectors - v)
             panel, tile_row, most = b + v * VECTOR_BYTES, width * VECTOR_BYTES, MAX_ROWS[width]
-            zeros = tile - MAX_VECTORS * VECTOR_BYTES
             for unit in range(begin, end, most):
-                at = into + (unit * b_units + v * lanes) * item
+                at, tall = into + unit * into_row + v * VECTOR_BYTES, min(most, end - unit)
                 for r in range(most, min(2 * most, end - unit)):  # what the next tile adds to
                     for line in range(width + 1):
-                        prefetch(at + r * b_units * item + line * CACHE_LINE)
-                outer_tile(width, a + unit * item, a_row, panel, b_row, rows, zeros, tile, tile_row, zero)
-                for r in range(min(most, end - unit)):
+                        prefetch(at + r * into_row + line * CACHE_LINE)
+                whole = tall == most and (v + width) * lanes <= b_units
+                before, before_row = (at, into_row) if whole and not fresh else (zeros, 0)
+                to, to_row = (at, into_row) if whole else (tile, tile_row)
+                outer_tile(width, a + unit * item, a_row, panel, b_row, rows, before, before_row, to, to_row, zero)
+                for r in range(0 if whole else tall):
                     for j in range(width):
-                        to, count = at + (r * b_units + j * lanes) * item, b_units - (v + j) * lanes
-                        value = load(tile + r * tile_row + j * VECTOR_BYTES, zero)
-                        if not fresh:
-                            value = value + load_part(to, zero, count)
-                        store_part(to, value, zero, count)
+                        value, count = load(tile + r * tile_row + j * VECTOR_BYTES, zero), b_units - (v + j) * lanes
+                        add_part(at + r * into_row + j * VECTOR_BYTES, value, count, fresh, zero)
+
+
+@inlined
+def add_part(into, value, count, fresh, zero):
+    """The first `count` numbers of a vector into memory, or on top of what is there unless `fresh`."""
+    if not fresh:
+        value = value + load_part(into, zero, count)
+    store_part(into, value, zero, count)
 
 
 @inlined
 def sum_rows(rows, a, a_row, units, into, fresh, zero):
-    """into (units) = the sum of the rows, or on top of what is there unless `fresh`."""
+    """into (units) = the sum of the rows, or on top of what is there unless `fresh`. As far as they go, four vectors at
+    a time: each addition waits for the one before."""
     lanes, item = vector_lanes(zero), item_bytes(zero)
-    for u in range(0, units, lanes):
+    together = units // (4 * lanes) * 4 * lanes
+    for u in range(0, together, 4 * lanes):
+        first, second, third, fourth = broadcast(zero), broadcast(zero), broadcast(zero), broadcast(zero)
+        for n in range(rows):
+            row = a + n * a_row + u * item
+            first, second = first + load(row, zero), second + load(row + VECTOR_BYTES, zero)
+            third = third + load(row + 2 * VECTOR_BYTES, zero)
+            fourth = fourth + load(row + 3 * VECTOR_BYTES, zero)
+        at = into + u * item
+        add_part(at, first, lanes, fresh, zero)
+        add_part(at + VECTOR_BYTES, second, lanes, fresh, zero)
+        add_part(at + 2 * VECTOR_BYTES, third, lanes, fresh, zero)
+        add_part(at + 3 * VECTOR_BYTES, fourth, lanes, fresh, zero)
+    for u in range(together, units, lanes):
         total = broadcast(zero)
         for n in range(rows):
             total = total + load_part(a + n * a_row + u * item, zero, units - u)
-        if not fresh:
-            total = total + load_part(into + u * item, zero, units - u)
-        store_part(into + u * item, total, zero, units - u)
+        add_part(into + u * item, total, units - u, fresh, zero)
 
 
 @woven
@@ -131,7 +152,7 @@ def weight_gradients(a, rows, share, own, fresh, space, gates, zero):
 def gate_gradients(a, rows, first, count, sums, fresh, space, zero):
     """Adds what belongs to `count` pre-activations from `first` on to the gradients that start at row `sums`."""
     item, inputs, outputs, at = item_bytes(zero), a.sizes.inputs, a.sizes.outputs, sums + first
-    x_row, h_row, tile = padded_bytes(inputs, zero), padded_bytes(outputs, zero), space + a.tile
+    x_row, h_row, tile = apart_bytes(inputs, zero), apart_bytes(outputs, zero), space + a.tile
     dgx, dgh = common(a, space) + a.dgx + first * item, common(a, space) + a.dgh + first * item
     if a.dw_ih != 0:
         into = a.dw_ih + at * inputs * item
@@ -148,7 +169,7 @@ def gate_gradients(a, rows, first, count, sums, fresh, space, zero):
 @woven
 def input_gradients(a, chunk, chunk_end, first, last, rows, own, space, gates, zero):
     """dx of the rows of a chunk, by way of the rows of x, which nobody reads any more."""
-    sizes, x_row = a.sizes, padded_bytes(a.sizes.inputs, zero)
+    sizes, x_row = a.sizes, apart_bytes(a.sizes.inputs, zero)
     for n in range(rows):
         copy_in(space + a.xs + n * x_row, 0, sizes.inputs, zero)
     product(
@@ -194,7 +215,8 @@ def backward_step(a, s, t, n, first, rows, own, space, cell, zero):
     dh what reaches h_{t-1} past W_hh."""
     sizes, lanes, item = a.sizes, vector_lanes(zero), item_bytes(zero)
     hidden, inputs, outputs = a.sizes.hidden, a.sizes.inputs, a.sizes.outputs
-    hidden_row, h_row, x_row = padded_bytes(hidden, zero), padded_bytes(outputs, zero), padded_bytes(inputs, zero)
+    hidden_row, dh_row = padded_bytes(hidden, zero), padded_bytes(outputs, zero)
+    x_row, h_row = apart_bytes(inputs, zero), apart_bytes(outputs, zero)
     slot = hidden * item
     t_prev = step_order(sizes, s - 1) if s > 0 else t
     # the rows whose previous state is a step's, not an initial one
@@ -214,7 +236,7 @@ def backward_step(a, s, t, n, first, rows, own, space, cell, zero):
         y = outer_row(sizes, a.y, y_step, b)
         dg = common(a, space) + (n + r) * a.dg_row
         projected = a.w_hr.base != 0
-        dh = space + a.dm + r * hidden_row if projected else space + a.dh + r * h_row
+        dh = space + a.dm + r * hidden_row if projected else space + a.dh + r * dh_row
         dc = space + a.dc + r * hidden_row
         for u in range(own.hidden[0] * lanes, min(own.hidden[1] * lanes, hidden), lanes):
             at = u * item

@@ -26,7 +26,7 @@ from rnnkern.backends.numba_cpu.operands import (
     Sizes,
     flatten,
 )
-from rnnkern.backends.numba_cpu.tile import MAX_ROWS, MAX_VECTORS
+from rnnkern.backends.numba_cpu.tile import CACHE_LINE, MAX_ROWS, MAX_VECTORS
 from rnnkern.backends.numba_cpu.vector import VECTOR_BYTES
 from rnnkern.cells import Weights
 
@@ -97,13 +97,14 @@ class Address(NamedTuple):
 
 
 class Space:
-    """Offsets of buffers one behind the other; each row is a whole number of vectors."""
+    """Offsets of buffers one behind the other, each from the beginning of a cache line; a row is a whole number of
+    vectors."""
 
     def __init__(self) -> None:
         self.bytes = 0
 
     def take(self, rows: int, row_bytes: int) -> int:
-        offset, self.bytes = self.bytes, self.bytes + rows * row_bytes
+        offset, self.bytes = self.bytes, self.bytes + -(-rows * row_bytes // CACHE_LINE) * CACHE_LINE
         return offset
 
 
@@ -172,6 +173,11 @@ class Plan(Cut):
     def width(self, units: int) -> int:
         """Bytes of a workspace row of `units` numbers: whole vectors."""
         return -(-units * self.item // VECTOR_BYTES) * VECTOR_BYTES
+
+    def apart(self, units: int) -> int:
+        """The same where outer products walk down the rows: sweep.py's apart_bytes."""
+        lines = -(-self.width(units) // CACHE_LINE)
+        return (lines + 1 if lines % 4 == 0 else lines) * CACHE_LINE
 
     def at(self, field: str, tensor: str, offset: int = 0) -> None:
         """Says what address goes into an operand of the direction that is being laid out."""
@@ -328,7 +334,7 @@ class BackwardPlan(Plan):
 
     def _direction(self, layer: Layer, saved: Saved, tensors: dict[str, Tensor | None], d: int, w: Weights) -> Backward:
         space, rows = Space(), self.chunk * self.block
-        inputs, hidden, outputs = self.width(self.inputs), self.width(self.hidden), self.width(self.outputs)
+        hidden, outputs = self.width(self.hidden), self.width(self.outputs)
         for name in ("dw_ih", "dw_hh", "db_ih", "db_hh", "dw_hr"):
             if tensors[f"{name}{d}"] is not None:
                 self.at(name, f"{name}{d}")
@@ -365,8 +371,8 @@ class BackwardPlan(Plan):
             dg_row=dg_row,
             dgx=dgx,
             dgh=space.take(rows, dg_row) if layer.cell.separate else dgx,
-            xs=space.take(rows, inputs),
-            hs=space.take(rows, outputs),
+            xs=space.take(rows, self.apart(self.inputs)),
+            hs=space.take(rows, self.apart(self.outputs)),
             ms=space.take(rows, hidden) if projected else 0,
             dp=space.take(rows, outputs) if projected else 0,
             dh=space.take(self.block, outputs),

@@ -165,6 +165,14 @@ def padded_bytes(units, zero):
 
 
 @inlined
+def apart_bytes(units, zero):
+    """The same where an outer product walks down the rows: whole cache lines, and no multiple of four of them, or the
+    lines that a panel takes of each row would crowd in a part of the first cache."""
+    lines = (padded_bytes(units, zero) + CACHE_LINE - 1) // CACHE_LINE
+    return (lines + 1 if lines % 4 == 0 else lines) * CACHE_LINE
+
+
+@inlined
 def copy_in(target, source, units, zero):
     """`units` numbers into a workspace row, zeros behind them to the end of the vector; all zeros where there is no
     source."""

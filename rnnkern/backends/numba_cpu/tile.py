@@ -16,7 +16,8 @@ While it works, a tile may ask for the lines at another address, one for each k:
 or from memory, the panel that follows is there when it is needed.
 
 The same code with A walked the other way, C (R, V*lanes) = C0 + A (K, R)^T @ panel, sums the outer products that make
-a weight's gradient: K are then rows of a batch, R gates and the panel their inputs.
+a weight's gradient: K are then rows of a batch, R gates and the panel their inputs. C0, what other rows of the batch
+gave, comes to the sum last there, so that a long sum is one of sums and loses little to rounding.
 """
 
 from typing import NamedTuple
@@ -99,7 +100,8 @@ def _products(builder, vector, sums, rows, vectors, splatted, weights):
 
 
 def _emit_tile(builder, vector, rows, vectors, at, transposed):
-    """Writes the code of one tile, in three blocks: C0 into registers, the loop over the depth, registers into C."""
+    """Writes the code of one tile, in three blocks: C0 or zeros into registers, the loop over the depth, registers, and
+    C0 if it comes last, into C."""
 
     def pointer(base, offset):
         return builder.bitcast(builder.gep(base, [offset]), ir_vector(vector).as_pointer())
@@ -112,12 +114,16 @@ def _emit_tile(builder, vector, rows, vectors, at, transposed):
     def offset(row_stride, row, column_stride, column):
         return builder.add(builder.mul(row_stride, _number(row)), builder.mul(column_stride, _number(column)))
 
+    def c0(row, column):
+        return load(at.c0, offset(at.c0_row, row, at.c0_column, column))
+
     def element(base, offset):
         return builder.load(builder.bitcast(builder.gep(base, [offset]), ir_scalar(vector.scalar).as_pointer()))
 
     item = vector.scalar.bitwidth // 8
     grid = [(row, column) for row in range(rows) for column in range(vectors)]
-    start = {(r, c): load(at.c0, offset(at.c0_row, r, at.c0_column, c)) for r, c in grid}
+    zeros = ir.Constant(ir_vector(vector), None)
+    start = {(row, column): zeros if transposed else c0(row, column) for row, column in grid}
     if transposed:
         a_rows, a_step = [builder.gep(at.a, [_number(row * item)]) for row in range(rows)], at.a_stride
     else:
@@ -155,8 +161,8 @@ def _emit_tile(builder, vector, rows, vectors, at, transposed):
         result[rc].add_incoming(start[rc], entry)
         result[rc].add_incoming(new[rc], body)
     for row, column in grid:
-        into = pointer(at.c, offset(at.c_row, row, at.c_column, column))
-        builder.store(result[row, column], into).align = item
+        total = builder.fadd(result[row, column], c0(row, column)) if transposed else result[row, column]
+        builder.store(total, pointer(at.c, offset(at.c_row, row, at.c_column, column))).align = item
 
 
 def _codegen(sizes, transposed):
@@ -210,22 +216,10 @@ def tile(rows, vectors, a, a_row, panel, panel_row, depth, ahead, c0, c0_row, c0
 
 
 @shared
-def outer_tile(vectors, a, a_k, panel, panel_row, depth, c0, c, c_row, zero):
-    """C (MAX_ROWS[vectors], vectors*lanes) = A (depth, MAX_ROWS[vectors])^T @ panel, on top of the one row C0."""
+def outer_tile(vectors, a, a_k, panel, panel_row, depth, c0, c0_row, c, c_row, zero):
+    """C (MAX_ROWS[vectors], vectors*lanes) = A (depth, MAX_ROWS[vectors])^T @ panel + C0; a row of C0 and of C lies in
+    one piece."""
+    rows, ahead = MAX_ROWS[vectors], 0
     _outer_tile(
-        MAX_ROWS[vectors],
-        vectors,
-        a,
-        a_k,
-        panel,
-        panel_row,
-        depth,
-        0,
-        c0,
-        0,
-        VECTOR_BYTES,
-        c,
-        c_row,
-        VECTOR_BYTES,
-        zero,
+        rows, vectors, a, a_k, panel, panel_row, depth, ahead, c0, c0_row, VECTOR_BYTES, c, c_row, VECTOR_BYTES, zero
     )
