@@ -176,8 +176,8 @@ PYTHON = [
         "GRU",
         {
             "stale packed weights": (
-                "in self.regions:\n",
-                'in self.regions[vars(self).setdefault("packed", given) is not given :]:\n',
+                "in self.regions:\n            if work",
+                'in self.regions[vars(self).setdefault("packed", given) is not given :]:\n            if work',
             ),
         },
     ),
