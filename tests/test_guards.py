@@ -200,7 +200,7 @@ def test_few_calls_of_a_form_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("each_way")
-def test_kinds_of_calls_have_guards_of_their_own() -> None:
+def test_equal_tensors_in_calls_of_two_forms() -> None:
     """Where the tensors are the same."""
     layer, x = rnnkern.RNN(3, 3, bidirectional=True), torch.randn(4, 4, 3)
     first = rnnkern.RNN(3, 3, bidirectional=True, batch_first=True)

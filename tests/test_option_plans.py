@@ -72,7 +72,6 @@ def ordinary(call: Call, times: int, monkeypatch: pytest.MonkeyPatch) -> list[An
     """The same without plans."""
     with monkeypatch.context() as patch:
         patch.setattr(shortcut, "through", lambda *call: call[4]())
-        patch.setattr(shortcut, "learn", lambda *args: None)
         return in_turn(call, times)
 
 

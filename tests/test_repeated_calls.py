@@ -108,6 +108,11 @@ def add_past_the_version(module: nn.Module) -> None:
         p.data.add_(0.25)
 
 
+def through_numpy(module: nn.Module) -> None:
+    for p in module.parameters():
+        p.detach().numpy()[:] *= -1
+
+
 def load(module: nn.Module) -> None:
     module.load_state_dict({name: torch.full_like(p, 0.1) for name, p in module.named_parameters()})
 
@@ -130,6 +135,11 @@ def turned_data(module: nn.Module) -> None:
         p.data = p.data.roll(1, 0).t().contiguous().t() if p.dim() == 2 else p.data * 2
 
 
+def strided_data(module: nn.Module) -> None:
+    for p in module.parameters():
+        p.data = torch.stack([p.data, p.data * 0.5], -1)[..., 1]
+
+
 def other_parameters(module: nn.Module) -> None:
     for name, p in list(module.named_parameters()):
         setattr(module, name, nn.Parameter(p.detach() * -1))
@@ -139,7 +149,10 @@ def as_a_vector(module: nn.Module) -> None:
     nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(module.parameters()) * 0.3, module.parameters())
 
 
-CHANGES = (halve, add_past_the_version, load, assign, descend, other_data, turned_data, other_parameters, as_a_vector)
+CHANGES = (
+    halve, add_past_the_version, through_numpy, load, assign, descend, other_data, turned_data, strided_data,
+    other_parameters, as_a_vector,
+)  # fmt: skip
 
 
 @every_cell
@@ -166,6 +179,17 @@ def test_new_weights_are_always_seen(cell: str, kind: str, change: Callable[[nn.
         for own, other, old in zip(after, expected, before, strict=True):
             assert bitwise_equal(own, other)
             assert relative_rms(own[0], old[0]) > 1e-3
+
+
+def test_other_weights_for_one_call() -> None:
+    module, x = layer("lstm"), torch.randn(4, 2, 3, dtype=torch.float64)
+    expected = [infer(module, x) for _ in range(4)][-1]
+    others = {name: p.detach() * 0.5 for name, p in module.named_parameters()}
+    with torch.no_grad():
+        found = flat(torch.func.functional_call(module, others, (x,)))
+    assert bitwise_equal(infer(module, x), expected)
+    halve(module)
+    assert bitwise_equal(found, anew(infer, module, x))
 
 
 def test_a_change_while_the_graph_waits_is_noticed() -> None:
@@ -221,6 +245,9 @@ def test_one_kind_of_call_after_another(cell: str) -> None:
         lambda: train(single, base[..., :3].float()),
         lambda: infer(single, base[..., :3].float()),
         lambda: infer(module, base.transpose(0, 1)[..., 3:]),
+        lambda: infer(module, base[::2, :, :3]),
+        lambda: infer(module, base[..., :3].flip(0)),
+        lambda: infer(module, base[..., :1].expand(6, 4, 3)),
     ]
     alone = [anew(call) for call in calls]
     for _ in range(4):
@@ -264,8 +291,8 @@ def test_several_threads_at_a_time() -> None:
         train(module, x)
         infer(module, x)
     alone = [(train(module, x), infer(module, x)) for x in xs]
-    with ThreadPoolExecutor(4) as executor:
-        for _ in range(5):
+    with ThreadPoolExecutor(8) as executor:
+        for _ in range(20):
             for found, expected in zip(
                 executor.map(lambda x: (train(module, x), infer(module, x)), xs), alone, strict=True
             ):

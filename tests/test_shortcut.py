@@ -2,7 +2,6 @@
 may be."""
 
 import copy
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -145,83 +144,6 @@ def twins(cell: str = "lstm", inputs: int = 3, hidden: int = 7, **options: Any) 
     ours = layer_class(rnnkern, cell)(inputs, hidden, **options)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
-
-
-def change_in_place(p: Tensor) -> None:
-    p.mul_(0.5)
-
-
-def change_behind_the_version(p: Tensor) -> None:
-    p.data.add_(0.25)
-
-
-def change_through_numpy(p: Tensor) -> None:
-    p.detach().numpy()[:] *= -1
-
-
-def swap_data(p: Tensor) -> None:
-    p.data = p.data.flip(0).clone()
-
-
-def swap_for_a_strided_one(p: Tensor) -> None:
-    wide = torch.zeros(*p.shape, 2, dtype=p.dtype)
-    wide[..., 1] = p.data
-    p.data = wide[..., 1] if p.dim() == 1 else wide.transpose(1, 2)[:, 1]
-
-
-CHANGES = (change_in_place, change_behind_the_version, change_through_numpy, swap_data, swap_for_a_strided_one)
-
-
-@every_cell
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("size", [(4, 2), (20, 8)])
-def test_weights_are_never_stale(cell: str, change: Callable[[Tensor], None], size: tuple[int, int]) -> None:
-    ours, theirs = twins(cell)
-    x = torch.randn(*size, 3, dtype=torch.float64)
-    with torch.no_grad():
-        settled(lambda: ours(x))
-        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-            change(mine)
-            other.copy_(mine)
-        assert relative_rms(ours(x)[0], theirs(x)[0]) <= 1e-12
-
-
-@every_cell
-def test_other_ways_of_new_weights(cell: str) -> None:
-    ours, theirs = twins(cell)
-    x = torch.randn(4, 2, 3, dtype=torch.float64)
-
-    def agree() -> None:
-        theirs.load_state_dict(ours.state_dict())
-        with torch.no_grad():
-            assert relative_rms(ours(x)[0], theirs(x)[0]) <= 1e-12
-
-    with torch.no_grad():
-        settled(lambda: ours(x))
-    ours.load_state_dict(twins(cell)[1].state_dict())
-    agree()
-    ours(x)[0].sum().backward()
-    torch.optim.SGD(ours.parameters(), lr=0.1).step()
-    agree()
-    ours.weight_hh_l0 = nn.Parameter(torch.randn_like(ours.weight_hh_l0))
-    agree()
-    replaced = {"weight_ih_l0": torch.randn_like(ours.weight_ih_l0)}
-    with torch.no_grad():
-        swapped = torch.func.functional_call(ours, replaced, (x,))[0]
-        theirs.load_state_dict({**ours.state_dict(), **replaced})
-        assert relative_rms(swapped, theirs(x)[0]) <= 1e-12
-
-
-def test_what_differs_gets_a_plan_of_its_own() -> None:
-    """Shapes, strides and dtypes one after the other through one module, each right."""
-    ours, theirs = twins()
-    base = torch.randn(9, 8, 6, dtype=torch.float64)
-    inputs = [base[:, :, :3], base[:, :, 3:], base[::2, :, :3], base.transpose(0, 1)[:, :, 1:4], base[:, :1, :3]]
-    inputs += [base[:, :, ::2], base[:, :, :3].flip(0), base[:, :, :1].expand(9, 8, 3), base[0, :, :3]]
-    with torch.no_grad():
-        for _ in range(3):
-            for x in inputs:
-                assert relative_rms(ours(x)[0], theirs(x)[0]) <= 1e-12
 
 
 @pytest.mark.parametrize("graded", [False, True])
@@ -395,25 +317,6 @@ def test_dropout_is_drawn_anew() -> None:
     assert plans() == 1
     ours.eval()
     assert torch.equal(*(settled(lambda: ours(x))[0] for _ in range(2)))
-
-
-def test_threads_share_a_plan() -> None:
-    ours, _ = twins(hidden=40)
-    inputs = [torch.randn(9, 3, 3, dtype=torch.float64) for _ in range(8)]
-    with torch.no_grad():
-        expected = [settled(lambda x=x: ours(x))[0] for x in inputs]  # type: ignore[misc]
-        wrong: list[int] = []
-
-        def work(index: int) -> None:
-            with torch.no_grad():
-                wrong.extend(index for _ in range(200) if not torch.equal(ours(inputs[index])[0], expected[index]))
-
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not wrong
 
 
 def test_modules_carry_nothing_of_it() -> None:
