@@ -207,20 +207,20 @@ OF_SWEEPS = [
                 "load_bias(space + a.b_h, 0, 1,",
             ),
             "gru: the recurrent product starts from the other": (
-                "sums = space + a.b_h if separate else gx + b * gx_row",
-                "sums = space + a.b_h if not separate else gx + b * gx_row",
+                "(space + a.b_h if separate else gx) + v",
+                "(space + a.b_h if not separate else gx) + v",
             ),
-            "no input product for the first row": (
-                "width = min(MAX_VECTORS, own[1] - v)\n        n = 0",
-                "width = min(MAX_VECTORS, own[1] - v)\n        n = 1",
+            "no input product for the last row": (
+                "a.w_ih, 1, units, inputs, v, width, v + width, rows,",
+                "a.w_ih, 1, units, inputs, v, width, v + width, rows - 1,",
             ),
             "saved rows are those of the first block": (
                 "behind(gates_step, first * a.gates.row + v * VECTOR_BYTES)",
                 "behind(gates_step, v * VECTOR_BYTES)",
             ),
             "gates in place all read the first": (
-                "rows = weight.base + (column // width * units + unit) * weight.row",
-                "rows = weight.base + unit * weight.row",
+                "rows, weight.base + (column // width * units + unit) * weight.row",
+                "rows, weight.base + unit * weight.row",
             ),
         },
     ),
@@ -234,7 +234,7 @@ OF_SWEEPS = [
                 "copy_out_own(state_row(a.sizes, a.c_n, first + b), space + a.h",
             ),
             "lstm: projection added to the old state": (
-                "store(h + r * h_row + j * VECTOR_BYTES, broadcast(zero))",
+                "store(h + b * h_row + j * VECTOR_BYTES, broadcast(zero))",
                 "pass",
             ),
             "order ignored on a projected y": (

@@ -224,8 +224,9 @@ def test_second_derivatives(cell: str, options: dict[str, Any]) -> None:
     def call(x: Tensor, *weights: Tensor) -> Tensor:
         return ours(x)[0]  # type: ignore[no-any-return]
 
-    assert torch.autograd.gradcheck(call, (x, *weights))
-    assert torch.autograd.gradgradcheck(call, (x, *weights))
+    quick = len(weights) > 4  # looks at one direction only, where there are so many that it would take a minute
+    assert torch.autograd.gradcheck(call, (x, *weights), fast_mode=quick)
+    assert torch.autograd.gradgradcheck(call, (x, *weights), fast_mode=quick)
 
 
 @every_cell

@@ -69,44 +69,29 @@ def pack_forward(a, gates, part, parts, zero):
 
 
 @woven
-def gate_tile(
-    weight,
-    gates,
-    units,
-    depth,
-    v,
-    width,
-    after,
-    b,
-    height,
-    rows,
-    x,
-    x_row,
-    c0,
-    c0_row,
-    c0_column,
-    c,
-    c_row,
-    c_column,
-    zero,
-):
-    """C (height, gates*width vectors) = C0 + x (height, depth) @ weight^T of the units from vector v on; x, C0 and C
-    begin with row b of `rows`. The units from vector `after` on come next."""
+def panel_product(
+    weight, gates, units, depth, v, width, after, rows, x, x_row, c0, c0_row, c0_column, c, c_row, c_column, zero
+):  # fmt: skip
+    """C (rows, gates*width vectors) = C0 + x (rows, depth) @ weight^T of the units from vector v on; those from vector
+    `after` on come next."""
     lanes, columns = vector_lanes(zero), gates * width
     if weight.panels != 0:
         panel, panel_row = weight.panels + v * gates * depth * VECTOR_BYTES, columns * VECTOR_BYTES
         following, lines = weight.panels + after * gates * depth * VECTOR_BYTES, depth * panel_row // CACHE_LINE
-        tile(
-            height, columns, x, x_row, panel, panel_row, depth, ahead(following, lines, b, rows),
-            c0, c0_row, c0_column, c, c_row, c_column, zero,
-        )  # fmt: skip
+        b = 0
+        while b < rows:
+            height = tile_height(rows - b, MAX_ROWS[columns])
+            tile(
+                height, columns, x + b * x_row, x_row, panel, panel_row, depth, ahead(following, lines, b, rows),
+                c0 + b * c0_row, c0_row, c0_column, c + b * c_row, c_row, c_column, zero,
+            )  # fmt: skip
+            b += height
     else:
         for column in range(columns):
             unit = (v + column % width) * lanes
-            rows = weight.base + (column // width * units + unit) * weight.row
             dot_units(
-                height, rows, weight.row, units - unit, x, x_row, depth,
-                c0 + column * c0_column, c0_row, c + column * c_column, c_row, zero,
+                rows, weight.base + (column // width * units + unit) * weight.row, weight.row, units - unit,
+                x, x_row, depth, c0 + column * c0_column, c0_row, c + column * c_column, c_row, zero,
             )  # fmt: skip
 
 
@@ -136,15 +121,10 @@ def input_product(a, rows, own, space, gates, zero):
     x_row, gx_row, into = padded_bytes(inputs, zero), gx_bytes(gates, a.sizes.hidden, zero), common(a, space) + a.gx
     for v in range(own[0], own[1], MAX_VECTORS):
         width = min(MAX_VECTORS, own[1] - v)
-        n = 0
-        while n < rows:
-            height = tile_height(rows - n, MAX_ROWS[width])
-            gate_tile(
-                a.w_ih, 1, units, inputs, v, width, v + width, n, height, rows, space + a.xs + n * x_row, x_row,
-                space + a.b_x + v * VECTOR_BYTES, 0, VECTOR_BYTES,
-                into + n * gx_row + v * VECTOR_BYTES, gx_row, VECTOR_BYTES, zero,
-            )  # fmt: skip
-            n += height
+        panel_product(
+            a.w_ih, 1, units, inputs, v, width, v + width, rows, space + a.xs, x_row,
+            space + a.b_x + v * VECTOR_BYTES, 0, VECTOR_BYTES, into + v * VECTOR_BYTES, gx_row, VECTOR_BYTES, zero,
+        )  # fmt: skip
 
 
 @shared
@@ -186,17 +166,12 @@ def forward_step(a, s, t, rows, first, own, gx, h_old, h_new, space, gates, sepa
     for p in range(panels):
         v, after = panel_of(own.hidden, per_panel, panels, p, s), panel_of(own.hidden, per_panel, panels, p + 1, s)
         width = min(per_panel, own.hidden[1] - v)
-        columns = gates * width
-        gh, gh_row = space + a.tile, columns * VECTOR_BYTES
-        b = 0
-        while b < rows:
-            height = tile_height(rows - b, MAX_ROWS[columns])
-            sums = space + a.b_h if separate else gx + b * gx_row
-            gate_tile(
-                a.w_hh, gates, hidden, outputs, v, width, after, b, height, rows, h_old + b * h_row, h_row,
-                sums + v * VECTOR_BYTES, 0 if separate else gx_row, column, gh + b * gh_row, gh_row, VECTOR_BYTES, zero,
-            )  # fmt: skip
-            b += height
+        gh, gh_row = space + a.tile, gates * width * VECTOR_BYTES
+        panel_product(
+            a.w_hh, gates, hidden, outputs, v, width, after, rows, h_old, h_row,
+            (space + a.b_h if separate else gx) + v * VECTOR_BYTES, 0 if separate else gx_row, column,
+            gh, gh_row, VECTOR_BYTES, zero,
+        )  # fmt: skip
         cell_rows(
             rows, width, hidden - v * lanes, gh, gh_row, gx + v * VECTOR_BYTES, gx_row,
             a.sizes.order, first, y_step + v * VECTOR_BYTES, a.y.row,
@@ -217,18 +192,14 @@ def project(a, t, rows, first, h_new, space, zero):
     vectors = h_row // VECTOR_BYTES
     for v in range(0, vectors, MAX_VECTORS):
         width = min(MAX_VECTORS, vectors - v)
-        b = 0
-        while b < rows:
-            height = tile_height(rows - b, MAX_ROWS[width])
-            m, h = space + a.m + b * m_row, h_new + b * h_row + v * VECTOR_BYTES
-            for r in range(height):
-                for j in range(width):
-                    store(h + r * h_row + j * VECTOR_BYTES, broadcast(zero))
-            gate_tile(
-                a.w_hr, 1, outputs, hidden, v, width, v + width, b, height, rows, m, m_row,
-                h, h_row, VECTOR_BYTES, h, h_row, VECTOR_BYTES, zero,
-            )  # fmt: skip
-            b += height
+        h = h_new + v * VECTOR_BYTES
+        for b in range(rows):
+            for j in range(width):
+                store(h + b * h_row + j * VECTOR_BYTES, broadcast(zero))
+        panel_product(
+            a.w_hr, 1, outputs, hidden, v, width, v + width, rows, space + a.m, m_row,
+            h, h_row, VECTOR_BYTES, h, h_row, VECTOR_BYTES, zero,
+        )  # fmt: skip
     y_step = outer_step(a.sizes, a.y, t)
     for b in range(rows):
         copy_out(outer_row(a.sizes, a.y, y_step, first + b), h_new + b * h_row, outputs, zero)

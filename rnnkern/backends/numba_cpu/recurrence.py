@@ -13,12 +13,11 @@ the cell, since LayerNorm needs whole rows, and a GRU that resets before its las
 from typing import NamedTuple
 
 from rnnkern.backends.numba_cpu.blocks import pack_units
-from rnnkern.backends.numba_cpu.forward import gate_tile, load_bias, units_per_panel
+from rnnkern.backends.numba_cpu.forward import load_bias, panel_product, units_per_panel
 from rnnkern.backends.numba_cpu.jit import shared, woven
 from rnnkern.backends.numba_cpu.norms import normalise, normalised_outputs
 from rnnkern.backends.numba_cpu.optional_cells import reset_gate
-from rnnkern.backends.numba_cpu.sweep import behind, padded_bytes, tile_height
-from rnnkern.backends.numba_cpu.tile import MAX_ROWS
+from rnnkern.backends.numba_cpu.sweep import behind, padded_bytes
 from rnnkern.backends.numba_cpu.vector import (
     VECTOR_BYTES,
     item_bytes,
@@ -76,15 +75,10 @@ def gate_product(weight, gates, units, depth, rows, x, x_row, c0, c0_row, c, c_r
     vectors = gate_row // VECTOR_BYTES
     for v in range(0, vectors, per_panel):
         width = min(per_panel, vectors - v)
-        n = 0
-        while n < rows:
-            height = tile_height(rows - n, MAX_ROWS[tile_gates * width])
-            gate_tile(
-                weight, tile_gates, units, depth, v, width, v + width, n, height, rows, x + n * x_row, x_row,
-                c0 + n * c0_row + v * VECTOR_BYTES, c0_row, column,
-                c + n * c_row + v * VECTOR_BYTES, c_row, column, zero,
-            )  # fmt: skip
-            n += height
+        panel_product(
+            weight, tile_gates, units, depth, v, width, v + width, rows, x, x_row,
+            c0 + v * VECTOR_BYTES, c0_row, column, c + v * VECTOR_BYTES, c_row, column, zero,
+        )  # fmt: skip
 
 
 @shared
