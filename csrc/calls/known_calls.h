@@ -20,7 +20,8 @@
 
 namespace rnnkern {
 
-// Whether nothing but eager computation on the CPU is going on: rnnkern.compat.is_undisturbed.
+// Whether nothing but eager computation on the CPU is going on: rnnkern.compat.is_undisturbed. The dispatch keys alone,
+// which backward looks at, do not tell: inference mode changes them, and modes of functions have none.
 inline bool in_undisturbed_eager() {
     return c10::impl::TorchDispatchModeTLS::stack_len() == 0 && at::impl::PythonTorchFunctionTLS::stack_len() == 0 &&
            !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
