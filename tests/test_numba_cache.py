@@ -47,8 +47,7 @@ rnnkern.RNN(2, 3)(torch.ones(1, 1, 2))
 TANH_OF_2 = "0.9640 0.9640"  # what it prints: 0.5 + 0.5 from the input, 0.5 + 0.5 from the biases
 
 
-# A machine without AVX, which is also what an ARM machine gets: 16 bytes a vector. The quickest to compile for, and
-# without optimisation twice as quick.
+# A machine without AVX, which is also what an ARM machine gets: 16 bytes a vector. The quickest to compile for.
 NO_AVX = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
 
 
@@ -56,7 +55,7 @@ def python(code: str, folder: Path, cache: Path, **environment: str) -> subproce
     """Runs code in a fresh process against the rnnkern in `folder`; returns what it said."""
     paths = os.pathsep.join([str(folder), str(ROOT)])
     kept = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
-    settings = {"RNNKERN_CACHE_DIR": str(cache), "PYTHONPATH": paths, "NUMBA_OPT": "0", **NO_AVX, **environment}
+    settings = {"RNNKERN_CACHE_DIR": str(cache), "PYTHONPATH": paths, **NO_AVX, **environment}
     command = [sys.executable, "-c", code]
     done = subprocess.run(
         command, env=kept | settings, cwd=folder, capture_output=True, text=True, check=False, timeout=300
@@ -222,5 +221,5 @@ def test_on_a_lesser_machine(features: dict[str, str], width: int, calls: list[t
     wanted = {name[1:] for name in features["NUMBA_CPU_FEATURES"].split(",") if name}
     if not wanted <= host_features():
         pytest.skip(f"this machine lacks {', '.join(sorted(wanted - host_features()))}")
-    said = python(ALL_SWEEPS.format(calls=calls), warm.package, warm.cache, NUMBA_OPT="3", **features).stdout.split()
+    said = python(ALL_SWEEPS.format(calls=calls), warm.package, warm.cache, **features).stdout.split()
     assert said == ["bytes", str(width), "right"]
