@@ -129,7 +129,7 @@ def test_in_a_forked_child(constants: dict[str, int], threads: Callable[[int], N
 
 def test_large_workspaces_and_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "LEAST_BYTES", 1)
-    layer = rnnkern.LSTM(40, 130, dtype=torch.float64)
+    layer = rnnkern.LSTM(40, 400, dtype=torch.float64)
     call = training(layer, torch.randn(30, 40, 40, dtype=torch.float64))
     assert bitwise_equal(by_a_plan(call), by_a_plan(call, monkeypatch))
 

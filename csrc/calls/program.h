@@ -21,8 +21,10 @@ namespace rnnkern {
 using Tensors = std::vector<at::Tensor>;
 using Numbers = std::vector<Integer>;
 
-// A workspace up to this size is kept for the next call of the thread: to allocate it would take as long as to use it.
-constexpr Integer MOST_KEPT_BYTES = 65536;
+// A workspace up to this size is kept for the next call of the thread. A small one takes as long to allocate as to use;
+// one that fits the caches is still there, while memory that malloc gives anew may lie elsewhere and fault: steps of a
+// batch took up to twice as long. Pages that no workspace reached are never touched.
+constexpr Integer MOST_KEPT_BYTES = 4 << 20;
 
 // Asks for huge pages, as rnnkern/backends/pages.py does, which says why. The system is free to refuse.
 inline void in_huge_pages(const at::Tensor& tensor) {

@@ -10,8 +10,9 @@ from rnnkern import native
 from rnnkern.backends.numba_cpu.launch import Launch
 from rnnkern.backends.pages import in_huge_pages
 
-# A workspace up to this size is kept from one call to the next: to allocate it would take as long as to use it.
-MOST_KEPT_BYTES = 65536
+# A workspace up to this size is kept from one call to the next. A small one takes as long to allocate as to use; one
+# that fits the caches is still there, while memory that malloc gives anew may lie elsewhere and fault.
+MOST_KEPT_BYTES = 4 << 20
 
 Shape = tuple[int, ...]
 
@@ -20,8 +21,8 @@ _free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
 
 
 class _Workspaces:
-    """Workspaces of a program: small ones are kept for all programs of about the size, each taken and given back by
-    one operation, so that threads never share one."""
+    """Workspaces of a program: those that caches hold are kept for all programs of about the size, each taken and given
+    back by one operation, so that threads never share one."""
 
     def __init__(self, x: Tensor, space: int) -> None:
         self.keeps = space <= MOST_KEPT_BYTES
