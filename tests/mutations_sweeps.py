@@ -164,8 +164,8 @@ OF_SWEEPS = [
                 "gather(sizes, a.x, t, first, rows,",
             ),
             "order ignored on y": (
-                "place = y + (load_int(order + 8 * (b + r)) if order != 0 else b + r) * y_row",
-                "place = y + (b + r) * y_row",
+                "along = (load_int(order + 8 * (b + r)) if order != 0 else b + r) * y_row",
+                "along = (b + r) * y_row",
             ),
             "y: lanes past the last unit written": (
                 "store_part(place + at, out, zero, count)",
@@ -215,8 +215,8 @@ OF_SWEEPS = [
                 "a.w_ih, 1, units, inputs, v, width, v + width, rows - 1,",
             ),
             "saved rows are those of the first block": (
-                "behind(gates_step, first * a.gates.row + v * VECTOR_BYTES)",
-                "behind(gates_step, v * VECTOR_BYTES)",
+                "behind(saved_step(a.sizes, a.gates, t), first * a.gates.row + at)",
+                "behind(saved_step(a.sizes, a.gates, t), at)",
             ),
             "gates in place all read the first": (
                 "rows, weight.base + (column // width * units + unit) * weight.row",

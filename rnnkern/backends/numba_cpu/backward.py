@@ -210,9 +210,10 @@ def add_output_gradient(a, t, n, rows, first, own, space, zero):
 
 
 @woven
-def backward_step(a, s, t, n, first, rows, own, space, cell, zero):
+def backward_step(a, s, t, n, first, rows, own, space, activations, cell, zero):
     """The cell's gradients at step t, the s-th of the forward sweep, into rows n and following of the chunk; leaves in
-    dh what reaches h_{t-1} past W_hh."""
+    dh what reaches h_{t-1} past W_hh. What the step that comes next will read, and nobody has since the forward sweep,
+    is fetched."""
     sizes, lanes, item = a.sizes, vector_lanes(zero), item_bytes(zero)
     hidden, inputs, outputs = a.sizes.hidden, a.sizes.inputs, a.sizes.outputs
     hidden_row, dh_row = padded_bytes(hidden, zero), padded_bytes(outputs, zero)
@@ -224,6 +225,9 @@ def backward_step(a, s, t, n, first, rows, own, space, cell, zero):
     x_step, y_step, before_step = outer_step(sizes, a.x, t), outer_step(sizes, a.y, t), outer_step(sizes, a.y, t_prev)
     gates_step, cells_step = saved_step(sizes, a.gates, t), saved_step(sizes, a.cells, t)
     cells_before = saved_step(sizes, a.cells, t_prev)
+    t_before = step_order(sizes, max(s - 2, 0))
+    next_gates, next_cells = saved_step(sizes, a.gates, t_prev), saved_step(sizes, a.cells, t_before)
+    next_dy, next_y = outer_step(sizes, a.dy, t_prev), outer_step(sizes, a.y, t_before)
     for r in range(rows):
         b = first + r
         x, h_prev = space + a.xs + (n + r) * x_row, space + a.hs + (n + r) * h_row
@@ -240,6 +244,13 @@ def backward_step(a, s, t, n, first, rows, own, space, cell, zero):
         dc = space + a.dc + r * hidden_row
         for u in range(own.hidden[0] * lanes, min(own.hidden[1] * lanes, hidden), lanes):
             at = u * item
+            for block in range(activations):
+                prefetch(next_gates + b * a.gates.row + block * slot + at)
+            if a.cells.base != 0:
+                prefetch(next_cells + b * a.cells.row + at)
+            if a.dy.base != 0:
+                prefetch(outer_row(sizes, a.dy, next_dy, b) + at)
+            prefetch(outer_row(sizes, a.y, next_y, b) + at)
             m = space + a.ms + (n + r) * hidden_row + at if projected else 0
             direct = cell(
                 load(dh + at, zero), gates + at, slot, cells + at, c_prev + at, y + at, h_prev + at, dc + at,
@@ -292,7 +303,7 @@ def backward_sweep(address, first, last, share, zero):
                 t = step_order(sizes, s)
                 rows = rows_in(sizes, t, block, end)
                 add_output_gradient(a, t, n, rows, block, own, space, zero)
-                backward_step(a, s, t, n, block, rows, own, space, CELL.backward, zero)
+                backward_step(a, s, t, n, block, rows, own, space, CELL.activations, CELL.backward, zero)
                 wait_for_members(sizes)
                 dgh, dh = common(a, space) + a.dgh + n * a.dg_row, space + a.dh
                 product(rows, dgh, a.dg_row, a.w_hh, gates * sizes.hidden, own.outputs, s, dh, dh_row, zero)

@@ -44,6 +44,7 @@ from rnnkern.backends.numba_cpu.vector import (
     item_bytes,
     load_int,
     load_part,
+    prefetch,
     restore_mode,
     store,
     store_part,
@@ -130,17 +131,26 @@ def input_product(a, rows, own, space, gates, zero):
 @shared
 def cell_rows(
     rows, width, units, gh, gh_row, gx, gx_row, order, b, y, y_row, gates, gates_row, cells, cells_row, slot, c, c_row,
-    h_old, h_new, h_row, new_row, projected, cell, zero
+    h_old, h_new, h_row, new_row, projected, later, activations, cell, zero
 ):  # fmt: skip
     """The cell on `rows` sequences from b on and `width` vectors of units, of which `units` are real: each address is
-    of the first of them, and strides lead to the next sequence. A function of its own, so that the constants of the
-    gates stay in registers from row to row."""
+    of the first of them, and strides lead to the next sequence. `later` are y, gates and cells of what is next written,
+    fetched here: nobody has used them for long, and a store waits for its line. A function of its own, so that the
+    constants of the gates stay in registers from row to row."""
     lanes = vector_lanes(zero)
     for r in range(rows):
-        place = y + (load_int(order + 8 * (b + r)) if order != 0 else b + r) * y_row
+        along = (load_int(order + 8 * (b + r)) if order != 0 else b + r) * y_row
+        place = y + along
         for w in range(width):
             at, count = w * VECTOR_BYTES, units - w * lanes
             kept = gates + r * gates_row + at if gates != 0 else 0
+            if not projected:
+                prefetch(later[0] + along + at)
+            if kept != 0:
+                for block in range(activations):
+                    prefetch(later[1] + r * gates_row + block * slot + at)
+                if later[2] != 0:
+                    prefetch(later[2] + r * cells_row + at)
             out = cell(
                 gx + r * gx_row + at, slot, gh + r * gh_row + at, width * VECTOR_BYTES, kept, slot,
                 cells + r * cells_row + at, c + r * c_row + at, h_old + r * h_row + at, count, zero,
@@ -150,8 +160,19 @@ def cell_rows(
                 store_part(place + at, out, zero, count)
 
 
+@inlined
+def written_at(a, t, v, first):
+    """Where step t of y, and of gates and cells if backward wants them, begins at vector v of the units."""
+    at = v * VECTOR_BYTES
+    return (
+        outer_step(a.sizes, a.y, t) + at,
+        behind(saved_step(a.sizes, a.gates, t), first * a.gates.row + at),
+        behind(saved_step(a.sizes, a.cells, t), first * a.cells.row + at),
+    )
+
+
 @woven
-def forward_step(a, s, t, rows, first, own, gx, h_old, h_new, space, gates, separate, cell, zero):
+def forward_step(a, s, t, rows, first, own, gx, h_old, h_new, space, gates, separate, activations, cell, zero):
     """Step t, the s-th of the sweep, of sequences first to first + rows, `own` units: from h_old to h_new (both
     (rows, W)), or to m with a projection."""
     hidden, outputs = a.sizes.hidden, a.sizes.outputs
@@ -160,9 +181,7 @@ def forward_step(a, s, t, rows, first, own, gx, h_old, h_new, space, gates, sepa
     gx_row, slot = gx_bytes(gates, hidden, zero), hidden * item
     column = slot if gates > 1 else VECTOR_BYTES
     out_row = gate_row if a.w_hr.base != 0 else h_row
-    y_step = outer_step(a.sizes, a.y, t)
-    gates_step, cells_step = saved_step(a.sizes, a.gates, t), saved_step(a.sizes, a.cells, t)
-    panels = count_panels(own.hidden, per_panel)
+    panels, t_next = count_panels(own.hidden, per_panel), step_order(a.sizes, min(s + 1, a.sizes.steps - 1))
     for p in range(panels):
         v, after = panel_of(own.hidden, per_panel, panels, p, s), panel_of(own.hidden, per_panel, panels, p + 1, s)
         width = min(per_panel, own.hidden[1] - v)
@@ -172,15 +191,15 @@ def forward_step(a, s, t, rows, first, own, gx, h_old, h_new, space, gates, sepa
             (space + a.b_h if separate else gx) + v * VECTOR_BYTES, 0 if separate else gx_row, column,
             gh, gh_row, VECTOR_BYTES, zero,
         )  # fmt: skip
+        y, kept, cells = written_at(a, t, v, first)
+        later = written_at(a, t, after, first) if p + 1 < panels else written_at(a, t_next, v, first)
         cell_rows(
             rows, width, hidden - v * lanes, gh, gh_row, gx + v * VECTOR_BYTES, gx_row,
-            a.sizes.order, first, y_step + v * VECTOR_BYTES, a.y.row,
-            behind(gates_step, first * a.gates.row + v * VECTOR_BYTES), a.gates.row,
-            cells_step + first * a.cells.row + v * VECTOR_BYTES, a.cells.row, slot,
+            a.sizes.order, first, y, a.y.row, kept, a.gates.row, cells, a.cells.row, slot,
             space + a.c + v * VECTOR_BYTES, gate_row,
             h_old + v * VECTOR_BYTES,
             (space + a.m if a.w_hr.base != 0 else h_new) + v * VECTOR_BYTES, h_row, out_row,
-            a.w_hr.base != 0, cell, zero,
+            a.w_hr.base != 0, later, activations, cell, zero,
         )  # fmt: skip
 
 
@@ -265,7 +284,10 @@ def forward_sweep(address, first, last, share, zero):
                 h_old = states + (s % 2) * sizes.block * h_row
                 h_new = states + ((s + 1) % 2) * sizes.block * h_row
                 gx = common(a, space) + a.gx + n * gx_row
-                forward_step(a, s, t, rows, block, own, gx, h_old, h_new, space, gates, separate, CELL.forward, zero)
+                forward_step(
+                    a, s, t, rows, block, own, gx, h_old, h_new, space, gates, separate, CELL.activations, CELL.forward,
+                    zero,
+                )  # fmt: skip
                 if a.w_hr.base != 0:
                     project(a, t, rows, block, h_new, space, zero)
                 wait_for_members(sizes)
