@@ -52,9 +52,10 @@ WORTH_A_BARRIER = 24_000
 WORTH_TOGETHER = 1.5
 # Sequences carried through time together: their states and the products of a step stay in the second cache.
 MOST_SEQUENCES = 64
-# Rows of a chunk: enough for full tiles, few enough for the second cache.
+# Rows of a chunk: enough for full tiles, few enough for the second cache, and in backward for a panel of x or h in half
+# of the first one: a core's other thread has its part too.
 CHUNK_ROWS = 64
-BACKWARD_CHUNK_ROWS = 128
+BACKWARD_CHUNK_ROWS = 96
 # Up to so many rows in all, reading the weights in place costs less than packing them first: a step of a batch. Small
 # weights are packed within the caches, so that fewer rows are worth it.
 ROWS_IN_PLACE = 64
