@@ -242,15 +242,17 @@ def backward_step(a, s, t, n, first, rows, own, space, activations, cell, zero):
         projected = a.w_hr.base != 0
         dh = space + a.dm + r * hidden_row if projected else space + a.dh + r * dh_row
         dc = space + a.dc + r * hidden_row
+        soon_gates, soon_cells = next_gates + b * a.gates.row, next_cells + b * a.cells.row
+        soon_dy, soon_y = outer_row(sizes, a.dy, next_dy, b), outer_row(sizes, a.y, next_y, b)
         for u in range(own.hidden[0] * lanes, min(own.hidden[1] * lanes, hidden), lanes):
             at = u * item
             for block in range(activations):
-                prefetch(next_gates + b * a.gates.row + block * slot + at)
+                prefetch(soon_gates + block * slot + at)
             if a.cells.base != 0:
-                prefetch(next_cells + b * a.cells.row + at)
+                prefetch(soon_cells + at)
             if a.dy.base != 0:
-                prefetch(outer_row(sizes, a.dy, next_dy, b) + at)
-            prefetch(outer_row(sizes, a.y, next_y, b) + at)
+                prefetch(soon_dy + at)
+            prefetch(soon_y + at)
             m = space + a.ms + (n + r) * hidden_row + at if projected else 0
             direct = cell(
                 load(dh + at, zero), gates + at, slot, cells + at, c_prev + at, y + at, h_prev + at, dc + at,

@@ -137,7 +137,7 @@ def cell_rows(
     of the first of them, and strides lead to the next sequence. `later` are y, gates and cells of what is next written,
     fetched here: nobody has used them for long, and a store waits for its line. A function of its own, so that the
     constants of the gates stay in registers from row to row."""
-    lanes = vector_lanes(zero)
+    lanes, (y_later, gates_later, cells_later) = vector_lanes(zero), later
     for r in range(rows):
         along = (load_int(order + 8 * (b + r)) if order != 0 else b + r) * y_row
         place = y + along
@@ -145,12 +145,12 @@ def cell_rows(
             at, count = w * VECTOR_BYTES, units - w * lanes
             kept = gates + r * gates_row + at if gates != 0 else 0
             if not projected:
-                prefetch(later[0] + along + at)
+                prefetch(y_later + along + at)
             if kept != 0:
                 for block in range(activations):
-                    prefetch(later[1] + r * gates_row + block * slot + at)
-                if later[2] != 0:
-                    prefetch(later[2] + r * cells_row + at)
+                    prefetch(gates_later + r * gates_row + block * slot + at)
+                if cells_later != 0:
+                    prefetch(cells_later + r * cells_row + at)
             out = cell(
                 gx + r * gx_row + at, slot, gh + r * gh_row + at, width * VECTOR_BYTES, kept, slot,
                 cells + r * cells_row + at, c + r * c_row + at, h_old + r * h_row + at, count, zero,
